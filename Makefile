@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` need Python >= 3.11, git and make; each sets up .venv and a second call reuses it.
+
+VENV ?= .venv
+# Extras to install beside what a target needs, for example EXTRAS=gpu or EXTRAS=tpu.
+EXTRAS ?=
+# Test processes: XLA compiles most of a small program on one core.
+WORKERS ?= 2
+# Arguments passed on: `make test ARGS="-k mla"`, `make quickstart ARGS="--steps 50"`.
+ARGS ?=
+
+install = @sh scripts/venv.sh $(VENV)
+
+.PHONY: help quickstart test lint format notebooks goldens
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: ## train a small DeepSeek-V3 on Python's own standard library, from nothing
+	$(install) "$(EXTRAS)"
+	$(VENV)/bin/deepseek-jax train configs/quickstart.py --run-dir runs/quickstart $(ARGS)
+
+test: ## run the tests, on the CPU unless JAX_PLATFORMS says otherwise
+	$(install) "test,$(EXTRAS)"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: ## check style and types
+	$(install) "dev,$(EXTRAS)"
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: ## rewrite the sources in the project's style
+	$(install) "dev,$(EXTRAS)"
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+notebooks: ## run every notebook from top to bottom
+	$(install) "dev,$(EXTRAS)"
+	$(VENV)/bin/python -m pytest --nbmake --nbmake-timeout 600 -W default notebooks $(ARGS)
+
+goldens: ## make tests/golden anew from transformers
+	$(install) "parity,$(EXTRAS)"
+	$(VENV)/bin/python tests/golden/make_goldens.py

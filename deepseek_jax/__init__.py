@@ -1,0 +1,88 @@
+"""The DeepSeek model family in JAX.
+
+    import deepseek_jax as dsj
+
+    config = dsj.get_config("deepseek-v3-micro")
+    model = dsj.DeepSeek(config)
+    variables = model.init(key, tokens)
+
+Every public name is imported on first use (PEP 562): importing this package imports neither jax nor anything above it,
+starts no backend and opens no connection, so the command line answers at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from deepseek_jax.config import (
+        GQA,
+        MLA,
+        Dense,
+        LinearScaling,
+        Llama3Scaling,
+        ModelConfig,
+        MoE,
+        Rope,
+        YarnScaling,
+    )
+    from deepseek_jax.infer.generate import generate
+    from deepseek_jax.models.counts import Counts, count_params
+    from deepseek_jax.models.registry import get_config, list_configs
+    from deepseek_jax.models.transformer import DeepSeek
+    from deepseek_jax.training import RunConfig, train
+
+# Public name -> module that defines it: the block above, for the interpreter. A test holds the two equal.
+_HOME = {
+    "DeepSeek": "models.transformer",
+    "get_config": "models.registry",
+    "list_configs": "models.registry",
+    "count_params": "models.counts",
+    "Counts": "models.counts",
+    "train": "training",
+    "RunConfig": "training",
+    "generate": "infer.generate",
+    "ModelConfig": "config",
+    "GQA": "config",
+    "MLA": "config",
+    "Dense": "config",
+    "MoE": "config",
+    "Rope": "config",
+    "LinearScaling": "config",
+    "Llama3Scaling": "config",
+    "YarnScaling": "config",
+}
+
+__all__ = [
+    "GQA",
+    "MLA",
+    "Counts",
+    "DeepSeek",
+    "Dense",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MoE",
+    "ModelConfig",
+    "Rope",
+    "RunConfig",
+    "YarnScaling",
+    "__version__",
+    "count_params",
+    "generate",
+    "get_config",
+    "list_configs",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,236 @@
+"""The checkpoints of a run, through Orbax: state, data iterator and a note, in one commit a step.
+
+A step's folder appears whole or not at all. Restoring compares every leaf's name, shape and dtype with what the program
+expects before a byte of it is read, and puts the arrays onto whatever mesh the program has now.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from deepseek_jax.checkpoint import leaves
+
+_STATE, _DATA, _META = "state", "data", "meta"  # names of a step's parts on disk
+_FORMAT = 1
+
+
+class ResumableIterator(Protocol):
+    """What a data iterator must offer to be saved: a state that JSON holds. Grain's iterators do."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Store:
+    """Checkpoints in one folder, named by their step.
+
+    ```python
+    with Store(run_dir / "checkpoints") as store:
+        if (step := store.latest()) is not None:
+            state, meta = store.restore(abstract_state, batches, step)
+        store.save(step, state, batches, {"config": ...})
+    ```
+    One process tree writes into a folder at a time; a reader beside it opens the folder with `read_only=True`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int | None = 3,
+        async_save: bool = True,
+        *,
+        read_only: bool = False,
+    ):
+        """
+        Args:
+            directory: the folder; made when it is missing, unless read_only.
+            keep: how many of the latest steps stay; None keeps all.
+            async_save: whether `save` returns once the state is copied, and writes behind the program's back.
+            read_only: for a program that only restores: nothing in the folder is touched.
+        Raises: ValueError for a bad `keep`, or a folder that is not there to be read.
+        """
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep}: give at least 1, or None to keep every checkpoint")
+        self.directory = Path(directory).expanduser().resolve()
+        self._read_only = read_only
+        if read_only and not self.directory.is_dir():
+            raise ValueError(f"directory={str(directory)!r}: no checkpoints there; give the run's checkpoints folder")
+        _quiet()
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            # A killed save leaves a temporary folder; the writer that opens the store next clears it away.
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=async_save,
+            preservation_policy=None if keep is None else checkpoint_managers.LatestN(keep),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_iterator: ResumableIterator | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Saves one step. The state and the iterator's position are taken before it returns, so the program may go on,
+        and give the state's buffers away, at once.
+
+        Args:
+            step: names the checkpoint.
+            state: a pytree of arrays: any dtype, typed PRNG keys included, sharded in any way.
+            data_iterator: its `get_state()` is saved; each process saves its own.
+            meta: a note that JSON holds, such as the configuration, tokens seen, hashes.
+        Returns: False, with nothing written, when this step is saved already.
+        Raises: ValueError for a leaf that is no array, a note that JSON cannot hold, or a read-only store; the error
+            of an earlier asynchronous save.
+        """
+        if self._read_only:
+            raise ValueError(f"{self.directory} was opened with read_only=True: open it without, to save step {step}")
+        named, _ = leaves.flatten(state)
+        note = {"format": _FORMAT, "step": int(step), "leaves": leaves.record(named), "meta": dict(meta or {})}
+        try:
+            json.dumps(note, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"meta={meta!r}: JSON cannot hold it ({error})") from None
+        self.wait()
+        if int(step) in self.steps():
+            return False
+        parts = {
+            _STATE: self._ocp.args.PyTreeSave(leaves.to_stored(named)),
+            _META: self._ocp.args.JsonSave(note),
+        }
+        if data_iterator is not None:
+            import grain
+
+            parts[_DATA] = grain.checkpoint.CheckpointSave(_AsBytes(data_iterator))
+        return bool(self._manager.save(int(step), args=self._ocp.args.Composite(**parts), force=True))
+
+    def steps(self) -> list[int]:
+        """The steps that are wholly on disk, ascending: read from the disk, not remembered."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The last step that is wholly on disk, or None."""
+        return max(self.steps(), default=None)
+
+    def restore(
+        self, abstract_state: Any, data_iterator: ResumableIterator | None = None, step: int | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reads one step.
+
+        Args:
+            abstract_state: the state's pytree with a `jax.ShapeDtypeStruct` (or an array) a leaf. A leaf's `sharding`
+                says where it goes, whatever mesh it was saved from; without one it goes to the default device.
+            data_iterator: its `set_state` is called with the saved state.
+            step: which one; None is the latest.
+        Returns: (state, meta), the arrays bit for bit what was saved.
+        Raises: ValueError that names every leaf missing, left over, or of another shape or dtype; when there is no
+            such step; when an iterator is given and none was saved.
+        """
+        return self._restore(abstract_state, data_iterator, step, partial=False)
+
+    def restore_params(self, abstract_variables: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reads a part of one step, such as {"params": ..., "router": ...} for generation: names are those of the
+        state's top level, and what is not asked for is not read. Otherwise as `restore`."""
+        return self._restore(abstract_variables, None, step, partial=True)
+
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """The note of one step; None is the latest."""
+        return self._note(self._which(step))["meta"]
+
+    def wait(self) -> None:
+        """Returns when the save under way is on disk. Raises its error, if it failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._manager.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _restore(
+        self, abstract_state: Any, data_iterator: ResumableIterator | None, step: int | None, *, partial: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        args = self._ocp.args
+        step = self._which(step)
+        note = self._note(step)
+        named, treedef = leaves.flatten(abstract_state)
+        saved = note["leaves"]
+        leaves.require_equal(saved, leaves.record(named), where=f"checkpoint {self.directory / str(step)}", partial=partial)
+        template = leaves.to_stored_template(named)
+        parts = {
+            _STATE: args.PyTreeRestore(
+                item=template,
+                restore_args=self._ocp.checkpoint_utils.construct_restore_args(template),
+                partial_restore=partial,
+            )
+        }
+        if data_iterator is not None:
+            if not (self.directory / str(step) / _DATA).exists():
+                raise ValueError(f"checkpoint {self.directory / str(step)} was saved without a data iterator")
+            import grain
+
+            parts[_DATA] = grain.checkpoint.CheckpointRestore(_AsBytes(data_iterator))
+        restored = self._manager.restore(step, args=args.Composite(**parts))
+        state = jax.tree_util.tree_unflatten(treedef, leaves.from_stored(restored[_STATE], named, saved))
+        return state, note["meta"]
+
+    def _which(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            raise ValueError(f"step={step}: {self.directory} holds {f'steps {steps}' if steps else 'no checkpoint'}")
+        return steps[-1] if step is None else int(step)
+
+    def _note(self, step: int) -> dict[str, Any]:
+        note = self._manager.restore(step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore()))[_META]
+        if note.get("format") != _FORMAT:
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} has format {note.get('format')}, this version reads {_FORMAT}"
+            )
+        return note
+
+
+class _AsBytes:
+    """Any resumable iterator as the kind that Grain's checkpoint handler takes: state as bytes, a file a process."""
+
+    def __init__(self, iterator: ResumableIterator):
+        self._iterator = iterator
+
+    def get_state(self) -> bytes:
+        return json.dumps(self._iterator.get_state()).encode()
+
+    def set_state(self, state: bytes) -> None:
+        self._iterator.set_state(json.loads(state))
+
+    def start_prefetch(self) -> None:
+        """Called by the handler after `set_state`; iterators begin to read ahead by themselves."""
+
+
+def _quiet() -> None:
+    """Orbax tells of every save through absl's logger, at levels meant for its own developers; errors stay errors.
+
+    A level that the user has set stays too.
+    """
+    logger = logging.getLogger("absl")
+    if logger.level in (logging.NOTSET, logging.WARNING):
+        import absl.logging
+
+        absl.logging.set_verbosity(absl.logging.ERROR)

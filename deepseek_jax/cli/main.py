@@ -1,0 +1,50 @@
+"""`deepseek-jax VERB …`: finds the verb's module, runs it, turns a refused input into one message and exit code 2."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import deepseek_jax
+from deepseek_jax.cli.device import choose_platform
+
+# Verb -> (module with `run(args)`, what it does). `--help` reads this table alone: no verb, and no jax, is imported.
+VERBS = {
+    "models": ("deepseek_jax.cli.models", "list the members of the family and their parameter counts"),
+    "train": ("deepseek_jax.cli.train", "train from a config file, or continue the run in its folder"),
+    "generate": ("deepseek_jax.cli.generate", "continue a prompt with the model of a run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, or 2 where an input was refused.
+
+    With DEEPSEEK_JAX_TRACEBACK=1 a refused input raises instead, so that its traceback shows.
+    """
+    parser = argparse.ArgumentParser(
+        prog="deepseek-jax",
+        description="The DeepSeek model family in JAX.",
+        epilog="`deepseek-jax VERB --help` tells more about one verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"deepseek_jax {deepseek_jax.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (_, summary) in VERBS.items():
+        verbs.add_parser(verb, help=summary, add_help=False)
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = parser.parse_args(words[:1]).verb  # the rest belongs to the verb, which parses it itself
+
+    choose_platform()
+    try:
+        importlib.import_module(VERBS[verb][0]).run(words[1:])
+    except ValueError as error:
+        if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
+            raise
+        print(f"deepseek-jax {verb}: {error}", file=sys.stderr)
+        print("(DEEPSEEK_JAX_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

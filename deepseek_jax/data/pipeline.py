@@ -1,0 +1,169 @@
+"""Tokens to batches, through Grain: windows by index, shuffled, repeated, batched, and resumed at once.
+
+The whole pipeline is a function from a batch number to a batch (a random-access source, an index permutation an
+epoch, no buffer of shuffled examples), so an iterator's state is one number and restoring it replays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+class TokenSource:
+    """Windows of a flat token array by index: a Grain random-access source.
+
+    Window i holds the seq_len + 1 tokens from i * seq_len on: one more than seq_len, because its last token is only
+    a target. Neighbours share one token, so every token but the very first is a target exactly once.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        *,
+        eos_id: int | None = None,
+        cross_document_attention: bool = True,
+        pad_last: bool = False,
+        name: str = "tokens",
+    ):
+        """
+        Args:
+            tokens: ids [N], any integer dtype; may be a memory map.
+            seq_len: tokens predicted in a window, T.
+            eos_id: the id that ends a document; needed when cross_document_attention is False.
+            cross_document_attention: False adds `segment_ids` that count the documents of a window from 1.
+            pad_last: whether the tokens after the last whole window make a padded window of their own, so that an
+                evaluation covers every token once; adds `segment_ids`, 0 at padding. False drops these tokens.
+            name: what messages call these tokens.
+        Raises: ValueError when there are fewer tokens than one window needs, or for an impossible combination.
+        """
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len}: must be at least 1")
+        if not cross_document_attention and eos_id is None:
+            raise ValueError("eos_id=None: cross_document_attention=False finds documents by it; give the tokenizer's")
+        needed = 2 if pad_last else seq_len + 1
+        if len(tokens) < needed:
+            raise ValueError(
+                f"the {name} split has {len(tokens)} tokens, one window of seq_len={seq_len} needs {needed}: "
+                f"give more text or a shorter seq_len"
+            )
+        self._tokens = tokens
+        self._eos_id = None if cross_document_attention else eos_id
+        self._pad_last = pad_last
+        self.seq_len = seq_len
+        self._len = (len(tokens) - 1 + (seq_len - 1 if pad_last else 0)) // seq_len
+
+    @property
+    def has_segment_ids(self) -> bool:
+        """Whether elements carry `segment_ids`."""
+        return self._pad_last or self._eos_id is not None
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """{"tokens": int32 [T+1]} and, where asked for, {"segment_ids": int32 [T+1]}: documents from 1, padding 0."""
+        if not 0 <= index < self._len:
+            raise IndexError(f"window {index} of {self._len}")
+        start = int(index) * self.seq_len
+        real = self._tokens[start : start + self.seq_len + 1]
+        tokens = np.zeros(self.seq_len + 1, np.int32)
+        tokens[: len(real)] = real
+        if not self.has_segment_ids:
+            return {"tokens": tokens}
+        segment_ids = np.zeros(self.seq_len + 1, np.int32)
+        segment_ids[: len(real)] = 1
+        if self._eos_id is not None:
+            # EOS closes its own document, so the token after it opens the next one.
+            segment_ids[1 : len(real)] += np.cumsum(real[:-1] == self._eos_id, dtype=np.int32)
+        return {"tokens": tokens, "segment_ids": segment_ids}
+
+    def __repr__(self) -> str:
+        return f"TokenSource(windows={self._len}, seq_len={self.seq_len})"
+
+
+def batches(
+    source: Any,
+    batch_size: int,
+    seed: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Any:
+    """An endless Grain iterator of shuffled batches, in a new order each epoch; an epoch's last batch is filled from
+    the next epoch.
+
+    Args:
+        source: a `TokenSource`, or anything with `__len__` and `__getitem__` that gives dicts of arrays.
+        batch_size: windows in the global batch, B.
+        seed: of the shuffle, in [0, 2**32).
+        process_index, process_count: this process gets rows [process_index * B / process_count, ...) of the global
+            batch, which itself does not depend on them; nor does the state.
+        threads, prefetch: background threads, and batches they read ahead; neither changes the batches.
+    Returns: an iterator of {name: array [B / process_count, ...]} with `get_state()` (a small dict that JSON holds)
+        and `set_state(state)`, after which it goes on with exactly the batches that would have come.
+    Raises: ValueError for sizes that do not divide or an empty source.
+    """
+    import grain
+
+    _require_shares(batch_size, process_index, process_count)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: must be in [0, 2**32)")
+    if not 0 < len(source) < 2**32:
+        raise ValueError(f"the source has {len(source)} windows: the shuffle takes from 1 to 2**32 - 1")
+    dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    # Batches of one process' share first, then every process_count-th of them: rows of a global batch stay adjacent.
+    dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+    return iter(dataset.to_iter_dataset(options))
+
+
+def held_out_batches(
+    source: Any,
+    batch_size: int,
+    *,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every window once and in order, all batches of one shape: the last is filled with windows of padding, whose
+    `segment_ids` are 0.
+
+    Args:
+        source: a `TokenSource` with `pad_last=True`.
+        batch_size: windows in the global batch, B.
+        max_batches: stops after that many; None for all.
+        process_index, process_count: this process' rows, as in `batches`.
+    Returns: an iterator of {"tokens", "segment_ids"}: int32 [B / process_count, T+1].
+    Raises: ValueError, at the call, for sizes that do not divide, or a source without segment_ids.
+    """
+    _require_shares(batch_size, process_index, process_count)
+    if "segment_ids" not in source[0]:
+        raise ValueError("the source gives no segment_ids, so padding would count: build it with pad_last=True")
+    share = batch_size // process_count
+    total = -(-len(source) // batch_size)
+    total = total if max_batches is None else min(total, max_batches)
+    padding = {name: np.zeros_like(array) for name, array in source[0].items()}
+
+    def generate() -> Iterator[dict[str, np.ndarray]]:
+        for number in range(total):
+            first = number * batch_size + process_index * share
+            rows = [source[i] if i < len(source) else padding for i in range(first, first + share)]
+            yield {name: np.stack([row[name] for row in rows]) for name in padding}
+
+    return generate()
+
+
+def _require_shares(batch_size: int, process_index: int, process_count: int) -> None:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must be in [0, process_count={process_count})")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size}: must be a positive multiple of process_count={process_count}, "
+            f"since every process reads an equal share"
+        )

@@ -1,0 +1,83 @@
+"""Dropless routed experts: sort token-expert pairs by expert, one grouped product a matrix, back, weigh and add up."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.kernels.grouped_matmul import grouped_matmul
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.types import Array
+
+
+@jax.custom_vjp
+def gather_rows(x_MD: Array, source_P: Array, place_MX: Array) -> Array:
+    """x[source], [P, D]. `place_MX` says where the X copies of each row went: gathers both ways, no scatter-add.
+
+    A scatter-add would be slower on every device and, on a GPU, add in an order that changes from run to run.
+    """
+    return x_MD[source_P]
+
+
+def _gather_fwd(x_MD: Array, source_P: Array, place_MX: Array):
+    return x_MD[source_P], place_MX
+
+
+def _gather_bwd(place_MX: Array, d_PD: Array):
+    wide = jnp.promote_types(d_PD.dtype, jnp.float32)
+    return d_PD[place_MX].sum(axis=1, dtype=wide).astype(d_PD.dtype), None, None
+
+
+gather_rows.defvjp(_gather_fwd, _gather_bwd)
+
+
+def routed_experts(
+    x_MD: Array, indices_MX: Array, weights_MX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> Array:
+    """Σ over the X chosen experts of weight · SwiGLU_e(x) (DeepSeekMoE eq. 9, V3 eq. 12).
+
+    Args:
+        x_MD: M tokens.
+        indices_MX: their experts.
+        weights_MX: their gate weights, float32 or wider; 0 for a dropped pair.
+        w_gate_EDF: in the dtype of `x_MD`, like the other two.
+        w_up_EDF: see `w_gate_EDF`.
+        w_down_EFD: see `w_gate_EDF`.
+
+    Returns:
+        [M, D] in the dtype of `x_MD`; the weighted sum itself is float32 or wider.
+    """
+    M, X = indices_MX.shape
+    E = w_gate_EDF.shape[0]
+    order_P = jnp.argsort(indices_MX.reshape(-1), stable=True)  # pair p of the sorted list was token order_P[p] // X
+    place_MX = jnp.argsort(order_P).reshape(M, X)
+    group_sizes_E = jnp.bincount(indices_MX.reshape(-1), length=E).astype(jnp.int32)
+
+    x_PD = checkpoint_name(gather_rows(x_MD, order_P // X, place_MX), "expert_in")
+    gate_PF = checkpoint_name(grouped_matmul(x_PD, w_gate_EDF, group_sizes_E), "expert_gate")
+    up_PF = checkpoint_name(grouped_matmul(x_PD, w_up_EDF, group_sizes_E), "expert_up")
+    out_PD = grouped_matmul(jax.nn.silu(gate_PF) * up_PF, w_down_EFD, group_sizes_E)
+    out_PD = checkpoint_name(out_PD, "expert_out")
+    out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
+    return jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
+
+
+class Experts(nn.Module):
+    """Weights of the routed experts, stacked on the first dim."""
+
+    n_routed_experts: int
+    moe_intermediate_size: int
+    param_dtype: str
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x_MD: Array, indices_MX: Array, weights_MX: Array) -> Array:
+        E, D, F = self.n_routed_experts, x_MD.shape[-1], self.moe_intermediate_size
+
+        def param(name: str, shape: tuple[int, ...], *axes: str) -> Array:
+            return weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev).astype(x_MD.dtype)
+
+        w_gate = param("w_gate", (E, D, F), "expert", "expert_embed", "ffn")
+        w_up = param("w_up", (E, D, F), "expert", "expert_embed", "ffn")
+        w_down = param("w_down", (E, F, D), "expert", "ffn", "expert_embed")
+        return routed_experts(x_MD, indices_MX, weights_MX, w_gate, w_up, w_down)

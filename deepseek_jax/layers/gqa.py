@@ -1,0 +1,49 @@
+"""Grouped-query attention (Ainslie et al. 2023): LLM 7B (where it is multi-head), 67B, DeepSeekMoE, Coder, R1's students."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import GQA, Rope
+from deepseek_jax.layers.context import Context, attend
+from deepseek_jax.layers.rope import apply_rope, softmax_scale
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.parallel.rules import shard
+from deepseek_jax.types import Array
+
+
+class GQAttention(nn.Module):
+    """Projections, rotation of whole heads, causal attention, output projection."""
+
+    config: GQA
+    rope: Rope
+    param_dtype: str
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, context: Context) -> Array:
+        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`."""
+        c, D, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            w = weight(
+                self, f"w_{name}", (D, heads, c.head_dim), ("embed", axis, "head_dim"),
+                dtype=self.param_dtype, stddev=self.stddev,
+            )  # fmt: skip
+            out = jnp.einsum("btd,dnh->btnh", x_BTD, w.astype(dtype))
+            if c.qkv_bias:
+                shape, axes = (heads, c.head_dim), (axis, "head_dim")
+                out += weight(self, f"b_{name}", shape, axes, dtype=self.param_dtype, constant=0.0).astype(dtype)
+            return checkpoint_name(shard(out, "batch", "length", f"act_{axis}", "head_dim"), name)
+
+        q_BTNH = project("q", c.num_attention_heads, "heads")
+        k_BTKH = project("k", c.num_key_value_heads, "kv_heads")
+        v_BTKH = project("v", c.num_key_value_heads, "kv_heads")
+        q_BTNH = apply_rope(q_BTNH, context.cos, context.sin, interleaved=self.rope.interleaved)
+        k_BTKH = apply_rope(k_BTKH, context.cos, context.sin, interleaved=self.rope.interleaved)
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, softmax_scale(c.head_dim, self.rope))
+        w_o = weight(
+            self, "w_o", (c.num_attention_heads, c.head_dim, D), ("heads", "head_dim", "embed"),
+            dtype=self.param_dtype, stddev=self.stddev,
+        )  # fmt: skip
+        return shard(jnp.einsum("btnh,nhd->btd", out_BTNH, w_o.astype(dtype)), "batch", "length", "act_embed")

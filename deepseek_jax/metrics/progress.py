@@ -1,0 +1,109 @@
+"""Progress for the person who waits: a bar on a terminal, plain lines in a log or a notebook."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+
+class Progress:
+    """Shows how far a loop is. Nothing it shows is kept: metrics go to the `JsonlWriter`.
+
+    ```python
+    with Progress(total=steps, initial=step) as progress:
+        progress.update(step, {"loss": loss})
+    ```
+    """
+
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        *,
+        label: str = "train",
+        unit: str = "step",
+        log_seconds: float = 10.0,
+        shown: bool = True,
+        stream: TextIO | None = None,
+    ):
+        """
+        Args:
+            total: the count at which the loop is done.
+            initial: the count at which it starts; a resumed run's step.
+            label, unit: what is counted.
+            log_seconds: least time between two plain lines, seconds.
+            shown: False shows nothing (every process but the first).
+            stream: where it goes; None is stderr.
+        """
+        self._total, self._initial, self._count = total, initial, initial
+        self._label, self._unit, self._log_seconds = label, unit, log_seconds
+        self._stream: TextIO = stream or sys.stderr
+        self._shown = shown
+        self._bar: Any = None
+        self._start = time.monotonic()
+        self._last_line = -float("inf")
+        if shown and self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=initial, desc=label, unit=unit, file=self._stream, dynamic_ncols=True, leave=True
+            )
+
+    def update(self, count: int, values: Mapping[str, float | int | str] | None = None) -> None:
+        """Shows that the loop has reached `count`. `values` are shown beside it, numbers to four digits.
+
+        The first and the last count of a loop are always shown.
+        """
+        self._count = count
+        if not self._shown:
+            return
+        text = "  ".join(f"{name} {_short(value)}" for name, value in (values or {}).items())
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(count - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._log_seconds or count >= self._total:
+            self._last_line = now
+            self._print(f"{self._label} {self._unit} {count}/{self._total}  {text}{self._eta(now)}")
+
+    def message(self, text: str) -> None:
+        """Prints a line that stays, above the bar where there is one."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._print(text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _eta(self, now: float) -> str:
+        done, left = self._count - self._initial, self._total - self._count
+        if done <= 0 or left <= 0:
+            return ""
+        seconds = int((now - self._start) / done * left)
+        return f"  left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+def _short(value: float | int | str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

@@ -1,0 +1,121 @@
+"""Metrics as JSON lines: one object a line, readable by anything, whole after any crash.
+
+Names that the pictures know (docs of `plots`): `step`, `tokens`, `loss`, `main_loss`, `mtp_loss`, `balance_loss`,
+`held_out_loss`, `held_out_bits_per_byte`, `router_load`, `max_violation`, `router_entropy`. Others are kept as they are.
+
+Numbers are written so that reading gives back the same bits: a float32 as the double that equals it. JSON has no NaN
+and no infinity; they are the strings "NaN", "Infinity" and "-Infinity", which `read_jsonl` turns back into floats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.storage import write_atomic
+
+_NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JsonlWriter:
+    """Appends metric lines to a file; each line is handed to the system at once, so a killed program loses none.
+
+    A run that goes on from step k first drops the lines after k, which it is about to write again: the file reads as
+    one unbroken run. So a step's lines are to be written before its checkpoint is.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
+        """
+        Args:
+            path: the file; made when it is missing, with its folder.
+            resume_step: the step that was restored: lines of later steps, and a last line cut short, are dropped.
+                None begins anew and drops every line.
+        Raises: ValueError when a line that stays is not JSON with a `step`.
+        """
+        self.path = Path(path)
+        kept = []
+        if resume_step is not None and self.path.exists():
+            kept = [line for line, record in _lines(self.path) if record["step"] <= resume_step]
+        write_atomic(self.path, "".join(line + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one line.
+
+        Args:
+            record: name -> number, string, bool, None, array, or lists and dicts of these; `step` (an int) is needed.
+                Arrays (numpy or jax, any dtype) become numbers or nested lists.
+        Raises: ValueError for a record without `step`, or a value that is none of these.
+        """
+        plain = {str(name): _plain(value, str(name)) for name, value in record.items()}
+        if type(plain.get("step")) is not int:
+            raise ValueError(f"step={plain.get('step')!r}: a metric line needs an int 'step'")
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file as dicts, in order, NaN and infinity as floats; a last line cut short is left out.
+
+    Raises: ValueError for any other line that is not JSON with a `step`; FileNotFoundError.
+    """
+    return [record for _, record in _lines(Path(path))]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if unfinished := lines.pop():  # a whole file ends with a newline, after which nothing stands
+        del unfinished
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"] < 0  # noqa: B015  a line without a number here is no metric line
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: not a metric line ({error!r}): {line[:80]!r}") from None
+        yield line, _with_floats(record)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A value as what JSON holds."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biu":
+            array = array.astype(np.float64)  # exact for every float of 64 bits or fewer, bfloat16 included
+        return _plain(array.tolist(), name)
+    raise ValueError(f"{name}={value!r} ({type(value).__name__}): give a number, a string, an array, a list or a dict")
+
+
+def _with_floats(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NOT_IN_JSON.get(value, value)
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_floats(item) for key, item in value.items()}
+    return value

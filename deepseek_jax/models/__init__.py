@@ -1,0 +1,1 @@
+"""Blocks, the whole model, multi-token prediction, and the registry of every member."""

@@ -1,0 +1,72 @@
+"""One decoder layer: x + attention(norm(x)), then x + feed-forward(norm(x)). Stacks of it run as one compiled loop."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import meta
+
+from deepseek_jax.config import GQA, Dense, MoE, ModelConfig
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.gqa import GQAttention
+from deepseek_jax.layers.mla import MLAttention
+from deepseek_jax.layers.mlp import SwiGLU
+from deepseek_jax.layers.moe import MoELayer
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.types import Array, RouterStats
+
+V3_SAVED = (
+    "q", "k", "v", "c_q", "c_kv", "k_rope", "attention", "attention_lse", "block_attention",
+    "ffn_gate", "ffn_up", "expert_in", "expert_gate", "expert_up", "expert_out",
+)  # fmt: skip
+"""What remat = "v3" keeps: all matrix products but MLA's up-projections. Norms, those and SwiGLU's product are redone."""
+
+
+class Block(nn.Module):
+    """A decoder layer, `moe` or dense."""
+
+    config: ModelConfig
+    moe: bool
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, context: Context) -> tuple[Array, RouterStats | None]:
+        """[B, T, D] -> [B, T, D], and the router's statistics of a MoE layer."""
+        c = self.config
+        kwargs: dict[str, Any] = dict(param_dtype=c.param_dtype, stddev=c.initializer_range)
+        normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
+        if isinstance(c.attention, GQA):
+            attention = GQAttention(c.attention, c.rope, name="attention", **kwargs)
+        else:
+            attention = MLAttention(c.attention, c.rope, c.rms_norm_eps, name="attention", **kwargs)
+        x_BTD = x_BTD + jax.ad_checkpoint.checkpoint_name(attention(normed, context), "block_attention")
+        normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
+        if self.moe:
+            assert isinstance(c.ffn, MoE)
+            out_BTD, stats = MoELayer(c.ffn, name="ffn", **kwargs)(normed, context)
+            return x_BTD + out_BTD, stats
+        width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
+        return x_BTD + SwiGLU(width, name="ffn", **kwargs)(normed), None
+
+
+def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
+    """`module` with the backward pass's recomputation that `config.remat` asks for."""
+    if config.remat == "none":
+        return module
+    policy = None
+    if config.remat == "v3":
+        policy = jax.checkpoint_policies.save_only_these_names(*V3_SAVED)
+    # A scanned body cannot be merged with its recomputation by the compiler, so the costly barrier is left out.
+    return nn.remat(module, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def stacked(module: type[nn.Module], config: ModelConfig, length: int, in_axes: Any) -> type[nn.Module]:
+    """`module` applied `length` times in a loop over stacked parameters; its first argument is the carry."""
+    return nn.scan(
+        rematerialised(module, config),
+        variable_axes={"params": 0, "router": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=1 if config.scan_layers else length,
+        metadata_params={meta.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,38 @@
+"""Multi-token prediction (V3, section 2.2): module k sees the state of depth k − 1 and the embedding of token i + k."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from deepseek_jax.config import MoE, ModelConfig
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.models.block import Block
+from deepseek_jax.types import Array, RouterStats
+
+
+class MTPModule(nn.Module):
+    """h^k = norm(Block(W [RMSNorm(Emb(t_i+k)); RMSNorm(h^(k-1))])) (V3 eq. 21–22); head and embedding are the main model's.
+
+    The embedding half comes first, as in the published weights (the paper prints the other order). The state handed
+    from depth to depth is the one after the norm: the main model's after its final norm.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden_BTD: Array, embedded_BTD: Array, valid_BT: Array, context: Context
+    ) -> tuple[Array, tuple[Array, RouterStats | None]]:
+        """State of the depth before, embedding of token i + k, positions that have a target -> new state, twice."""
+        c, D = self.config, hidden_BTD.shape[-1]
+        embedded = RMSNorm(c.rms_norm_eps, c.param_dtype, name="embedding_norm")(embedded_BTD)
+        hidden = RMSNorm(c.rms_norm_eps, c.param_dtype, name="hidden_norm")(hidden_BTD)
+        w_proj = weight(
+            self, "w_proj", (2 * D, D), ("embed", "act_embed"), dtype=c.param_dtype, stddev=c.initializer_range
+        )
+        x = jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype)
+        block = Block(c, moe=isinstance(c.ffn, MoE) and c.num_moe_layers > 0, name="block")
+        x, stats = block(x, context.replace(valid=valid_BT))
+        out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)
+        return out, (out, stats)

@@ -1,0 +1,140 @@
+"""The model: embedding, leading dense layers, MoE layers, final norm, head, multi-token prediction modules."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from deepseek_jax.config import GQA, MoE, ModelConfig
+from deepseek_jax.layers.balance import exempt_sequences
+from deepseek_jax.layers.context import Context, valid_after_shift
+from deepseek_jax.layers.embedding import Embedding, Head, logits
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.rope import rope_tables
+from deepseek_jax.models.block import Block, stacked
+from deepseek_jax.models.mtp import MTPModule
+from deepseek_jax.parallel.rules import shard, unbox
+from deepseek_jax.types import Array, HiddenOutput, ModelOutput, RouterStats
+
+
+class DeepSeek(nn.Module):
+    """Any member of the family.
+
+    `init(key, tokens)` gives `{"params": …}` and, for V3-style gates, `{"router": …}`: the selection biases, which
+    `apply` only reads. Positions whose target lies past the end of the sequence or document have logits that mean
+    nothing.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        kwargs: dict[str, Any] = dict(param_dtype=c.param_dtype, stddev=c.initializer_range)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, c.dtype, **kwargs)
+        if c.num_dense_layers:
+            self.dense_layers = stacked(Block, c, c.num_dense_layers, nn.broadcast)(c, moe=False)
+        if c.num_moe_layers:
+            self.moe_layers = stacked(Block, c, c.num_moe_layers, nn.broadcast)(c, moe=True)
+        self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        if not c.tie_word_embeddings:
+            self.head_weight = Head(c.vocab_size, c.hidden_size, name="head", **kwargs)
+        if c.num_nextn_predict_layers:
+            self.mtp = stacked(MTPModule, c, c.num_nextn_predict_layers, (0, 0, nn.broadcast))(c)
+
+    @nn.nowrap
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """linen's `init`, with plain arrays for leaves; `init_boxed` keeps the logical axes."""
+        return unbox(self.init_boxed(*args, **kwargs))
+
+    @nn.nowrap
+    def init_boxed(self, *args: Any, **kwargs: Any) -> Any:
+        """Variables whose leaves are `Weight` boxes with the logical axes of their dims."""
+        return super().init(*args, **kwargs)
+
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False
+    ) -> ModelOutput:
+        """Logits of every position, of the main model and of each multi-token module.
+
+        Args:
+            tokens: integer [B, T] ids.
+            positions: int32 [B, T] for rope; 0 … T − 1 by default.
+            segment_ids: int32 [B, T]; a token sees its own segment alone, 0 is padding. None: one document a row.
+            train: apply what only training does (V2's token dropping).
+
+        Raises:
+            ValueError: arguments of the wrong shape or dtype.
+        """
+        out = self.hidden(tokens, positions, segment_ids, train)
+        return ModelOutput(
+            logits=self.head(out.hidden),
+            mtp_logits=jax.vmap(self.head)(out.mtp_hidden) if len(out.mtp_hidden) else self._no_depth(tokens),
+            router=out.router,
+        )
+
+    def hidden(
+        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False
+    ) -> HiddenOutput:
+        """Everything before the head; arguments as in `__call__`."""
+        c = self.config
+        context = self._context(tokens, positions, segment_ids, train)
+        x_BTD = self.embed(tokens)
+        embedded_BTD, router = x_BTD, {}
+        if c.num_dense_layers:
+            x_BTD, _ = self.dense_layers(x_BTD, context)
+        if c.num_moe_layers:
+            x_BTD, router["moe_layers"] = self.moe_layers(x_BTD, context)
+        hidden_BTD = self.final_norm(x_BTD)
+        depth = c.num_nextn_predict_layers
+        mtp_hidden = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
+        if depth:
+            shifts = range(1, depth + 1)
+            following = jnp.stack([jnp.roll(embedded_BTD, -k, axis=1) for k in shifts])
+            valid = jnp.stack([valid_after_shift(context.valid, segment_ids, k) for k in shifts])
+            _, (mtp_hidden, stats) = self.mtp(hidden_BTD, following, valid, context)
+            if stats is not None:
+                router["mtp"] = stats
+        return HiddenOutput(hidden=hidden_BTD, mtp_hidden=mtp_hidden, router=router)
+
+    def head(self, hidden: Array) -> Array:
+        """Logits of a hidden state: [B, T, D] -> float32 [B, T, W]."""
+        return logits(hidden, self.head_kernel())
+
+    def head_kernel(self) -> Array:
+        """The head's weight [D, W], for losses that multiply by it in chunks."""
+        return self.embed.embedding.T if self.config.tie_word_embeddings else self.head_weight()
+
+    def _no_depth(self, tokens: Array) -> Array:
+        return jnp.zeros((0, *tokens.shape, self.config.vocab_size), jnp.promote_types(self.config.dtype, jnp.float32))
+
+    def _context(
+        self, tokens: Array, positions: Array | None, segment_ids: Array | None, train: bool
+    ) -> Context:
+        c = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+        for name, given in (("positions", positions), ("segment_ids", segment_ids)):
+            if given is not None and (given.shape != tokens.shape or not jnp.issubdtype(given.dtype, jnp.integer)):
+                raise ValueError(f"{name} must be integers {tokens.shape} like tokens, not {given.dtype} {given.shape}")
+        if tokens.shape[1] > c.max_position_embeddings:
+            raise ValueError(
+                f"sequence of {tokens.shape[1]} tokens is longer than {c.name}'s "
+                f"max_position_embeddings = {c.max_position_embeddings}"
+            )
+        tokens = shard(tokens, "batch", "length")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        rotated = c.attention.head_dim if isinstance(c.attention, GQA) else c.attention.qk_rope_head_dim
+        cos, sin = rope_tables(c.rope, rotated, positions, c.dtype)
+        drops = train and isinstance(c.ffn, MoE) and c.ffn.capacity_factor is not None
+        return Context(
+            cos=cos,
+            sin=sin,
+            segment_ids=segment_ids,
+            valid=jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0,
+            exempt=exempt_sequences(tokens, c.ffn.capacity_exempt_share) if drops else None,
+        )
+
+
+__all__ = ["DeepSeek", "HiddenOutput", "ModelOutput", "RouterStats"]

@@ -1,0 +1,152 @@
+"""The one table from logical axes to mesh axes. Nowhere else is a mesh axis named.
+
+A parameter carries its logical axes in a `Weight` box from where it is declared; an activation is constrained by
+`shard(x, names)`. An unknown name, one mesh axis on two dims, and a dim that its axes do not divide are errors: linen's
+own rules replicate or drop in silence.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import struct
+from flax.core import meta
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, tuple[str, ...]] = {
+    # dims of parameters
+    "layers": (),
+    "norm": (),
+    "head_dim": (),
+    "latent_out": (),  # a latent that a down-projection writes
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "latent": ("fsdp", "expert"),  # a latent that an up-projection reads
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp",),
+    "router": (),
+    # dims of activations
+    "batch": ("data", "fsdp", "expert"),
+    "length": (),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_ffn": ("tensor",),
+    "act_vocab": ("tensor",),
+    "none": (),
+}
+
+Names = tuple[str, ...]
+
+
+@struct.dataclass
+class Weight(meta.AxisMetadata[Any]):
+    """A parameter and the logical axes of its dims; `DeepSeek.init` takes the box off, `tree_shardings` reads it."""
+
+    value: Any
+    names: Names = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Weight":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Weight":
+        names = list(self.names)
+        names.insert(index, params[meta.PARTITION_NAME])
+        return self.replace(names=tuple(names))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Weight":
+        names = list(self.names)
+        del names[index]
+        return self.replace(names=tuple(names))
+
+
+def unbox(tree: Any) -> Any:
+    """Tree with every `Weight` replaced by its array (or abstract array)."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, Weight) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, Weight)
+    )
+
+
+def partition_spec(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int], what: str) -> PartitionSpec:
+    """PartitionSpec of an array of `shape` whose dims have these logical axes.
+
+    Raises:
+        ValueError: unknown name, wrong number of names, a mesh axis used twice, or a dim that its axes do not divide.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"{what}: {len(names)} logical axes {names} for {len(shape)} dims {tuple(shape)}")
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        if name not in RULES:
+            raise ValueError(f"{what}: unknown logical axis {name!r}; known are {sorted(RULES)}")
+        axes = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
+        degree = 1
+        for axis in axes:
+            if axis in used:
+                raise ValueError(f"{what}: mesh axis {axis!r} shards both {used[axis]!r} and {name!r} of {names}")
+            used[axis] = name
+            degree *= mesh.shape[axis]
+        if size % degree:
+            raise ValueError(
+                f"{what}: dim {name!r} of {size} is not divisible by {' × '.join(axes)} = {degree}; "
+                f"choose degrees that divide it"
+            )
+        entries.append(axes or None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(mesh: Mesh, names: Names, shape: Sequence[int], what: str = "array") -> NamedSharding:
+    """NamedSharding by the table; see `partition_spec` for errors."""
+    return NamedSharding(mesh, partition_spec(mesh, names, shape, what))
+
+
+def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Shardings of a tree with `Weight` leaves (abstract or not); a bare leaf is replicated."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, Weight):
+            return NamedSharding(mesh, PartitionSpec())
+        return named_sharding(mesh, leaf.names, leaf.value.shape, f"parameter {jax.tree_util.keystr(path)}")
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda leaf: isinstance(leaf, Weight))
+
+
+def shard(x: jax.Array, *names: str) -> jax.Array:
+    """Constrain `x` to the ambient mesh by its logical axes; without a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, names, x.shape, "activation"))
+
+
+def per_shard(function: Callable[..., jax.Array], in_names: Sequence[Names | None], out_names: Names) -> Callable[..., jax.Array]:
+    """`function` run on each shard's local arrays (shard_map); without a mesh, `function` itself.
+
+    For kernels that the compiler cannot partition. An argument whose names are None must be None. The function must
+    not need other shards: no named dim may be contracted.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def run(*arrays: jax.Array | None) -> jax.Array:
+        given = [(array, names) for array, names in zip(arrays, in_names, strict=True) if array is not None and names]
+        specs = tuple(partition_spec(mesh, names, array.shape, "per_shard argument") for array, names in given)
+
+        def local(*parts: jax.Array) -> jax.Array:
+            left = iter(parts)
+            return function(*(None if array is None else next(left) for array in arrays))
+
+        whole = jax.eval_shape(function, *arrays)
+        out_spec = partition_spec(mesh, out_names, whole.shape, "per_shard result")
+        mapped = jax.shard_map(local, in_specs=specs, out_specs=out_spec, check_vma=False)
+        return mapped(*(array for array, _ in given))
+
+    return run
