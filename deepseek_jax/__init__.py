@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Rope,
         YarnScaling,
     )
-    from deepseek_jax.infer.generate import generate
+    from deepseek_jax.infer.generate import continue_text, generate, load_run
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
@@ -43,6 +43,8 @@ _HOME = {
     "train": "training",
     "RunConfig": "training",
     "generate": "infer.generate",
+    "load_run": "infer.generate",
+    "continue_text": "infer.generate",
     "ModelConfig": "config",
     "GQA": "config",
     "MLA": "config",
@@ -68,10 +70,12 @@ __all__ = [
     "RunConfig",
     "YarnScaling",
     "__version__",
+    "continue_text",
     "count_params",
     "generate",
     "get_config",
     "list_configs",
+    "load_run",
     "train",
 ]
 

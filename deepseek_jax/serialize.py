@@ -4,8 +4,8 @@ Dataclasses do not check their types, so one wrong value would travel until some
 mismatch is a `ValueError` that names the field by its dotted path, the value, and what would be right.
 
 A dataclass is a dict of its fields. In a union or a container the dict also carries its kind (`"type": "MLA"`), even
-where one kind is allowed, so the text still reads when a second one joins. Supported beside dataclasses: bool, int, float, str, None, `Any`,
-`Literal`, `Path`, `tuple`, `list`, `dict[str, …]` and unions of these.
+where one kind is allowed, so the text still reads when a second one joins. Supported beside dataclasses: bool, int,
+float, str, None, `Any`, `Literal`, `Path`, `tuple`, `list`, `dict[str, …]` and unions of these.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def _read_config(cls: type, value: Any, where: _Where, tagged: bool) -> Any:
 
 def _read_union(hint: Any, value: Any, where: _Where) -> Any:
     members = typing.get_args(hint)
-    configs = {member.__name__: member for member in members if dataclasses.is_dataclass(member)}
+    configs = {m.__name__: m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)}
     if configs and isinstance(value, Mapping):
         kind = value.get(_KIND)
         if kind not in configs:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def load_golden(case: str, dtype: str = "float32") -> Golden:
     )
 
 
+@cache
 def abstract_variables(config: dsj.ModelConfig) -> Any:
     """Shapes of `DeepSeek(config).init`."""
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)

@@ -234,11 +234,18 @@ def test_every_config_file_loads_and_takes_overrides():
 
 def test_generate_passes_its_options(monkeypatch, capsys):
     calls = []
-    monkeypatch.setitem(dsj.__dict__, "generate", lambda *args, **options: calls.append((args, options)) or " f(): ...")
+    monkeypatch.setitem(dsj.__dict__, "load_run", lambda run_dir: f"loaded {run_dir}")
+    monkeypatch.setitem(
+        dsj.__dict__, "continue_text", lambda *args, **options: calls.append((args, options)) or [" f(): ..."]
+    )
     assert main.main(["generate", "runs/x", "--prompt", "def", "--seed", "3", "--temperature", "0"]) == 0
     options = {"max_new_tokens": 128, "temperature": 0.0, "top_p": 0.95, "seed": 3}
-    assert calls == [(("runs/x", "def"), options)]
+    assert calls == [(("loaded runs/x", ["def"]), options)]
     assert capsys.readouterr().out == "def f(): ...\n"
+
+
+def test_generate_refuses_what_is_no_run(tmp_path, capsys):
+    assert "is no run folder" in refused(capsys, "generate", str(tmp_path), "--prompt", "def")
 
 
 def test_models_prints_a_row_a_member(monkeypatch, capsys):

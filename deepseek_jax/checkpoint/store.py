@@ -105,7 +105,6 @@ class Store:
             json.dumps(note, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"meta={meta!r}: JSON cannot hold it ({error})") from None
-        self.wait()
         if int(step) in self.steps():
             return False
         parts = {
@@ -119,12 +118,14 @@ class Store:
         return bool(self._manager.save(int(step), args=self._ocp.args.Composite(**parts), force=True))
 
     def steps(self) -> list[int]:
-        """The steps that are wholly on disk, ascending: read from the disk, not remembered."""
+        """The steps that are wholly on disk, ascending: read from the disk, not remembered, after a save under way
+        has ended. Raises its error, if it failed."""
+        self.wait()
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The last step that is wholly on disk, or None."""
+        """The last step that is wholly on disk, or None; see `steps`."""
         return max(self.steps(), default=None)
 
     def restore(
@@ -173,10 +174,10 @@ class Store:
         step = self._which(step)
         note = self._note(step)
         named, treedef = leaves.flatten(abstract_state)
-        saved = note["leaves"]
-        leaves.require_equal(saved, leaves.record(named), where=f"checkpoint {self.directory / str(step)}", partial=partial)
+        saved, here = note["leaves"], self.directory / str(step)
+        leaves.require_equal(saved, leaves.record(named), where=f"checkpoint {here}", partial=partial)
         template = leaves.to_stored_template(named)
-        parts = {
+        parts: dict[str, Any] = {
             _STATE: args.PyTreeRestore(
                 item=template,
                 restore_args=self._ocp.checkpoint_utils.construct_restore_args(template),
@@ -184,8 +185,8 @@ class Store:
             )
         }
         if data_iterator is not None:
-            if not (self.directory / str(step) / _DATA).exists():
-                raise ValueError(f"checkpoint {self.directory / str(step)} was saved without a data iterator")
+            if not (here / _DATA).exists():
+                raise ValueError(f"checkpoint {here} was saved without a data iterator: restore it without one")
             import grain
 
             parts[_DATA] = grain.checkpoint.CheckpointRestore(_AsBytes(data_iterator))

@@ -21,9 +21,9 @@ def run(args: Sequence[str]) -> None:
 
     import deepseek_jax as dsj
 
-    continuation = dsj.generate(
-        options.run,
-        options.prompt,
+    [continuation] = dsj.continue_text(
+        dsj.load_run(options.run),
+        [options.prompt],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

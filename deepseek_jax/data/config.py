@@ -12,35 +12,29 @@ PYTHON_STDLIB = "python-stdlib"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens.
-
-    Attributes:
-        source: "python-stdlib" (the .py files of the running Python's standard library: tens of MB of real code
-            without a download) or the path of a folder of text files.
-        patterns: which files of a folder are read, as shell patterns of the file name; "python-stdlib" ignores it.
-        max_bytes: reads at most this much text (bytes of UTF-8), a fixed pseudo-random choice of whole documents;
-            None reads all.
-        tokenizer: path of a tokenizer.json; None trains a byte-level BPE on the training documents.
-        vocab_size: ids of the BPE that is trained, the three special tokens and the 256 bytes included.
-        tokenizer_sample_bytes: text that the BPE is trained on, in bytes.
-        held_out_fraction: share of documents (by hash of their content, so the same ones on every machine) that are
-            never trained on; 0 for none.
-        cross_document_attention: whether a window's tokens see the documents before theirs in the same window. True
-            in DeepSeek-V3's pre-training (Section 4.1 of the V3 report: no cross-sample attention masking). False
-            adds `segment_ids` to every batch.
-        cache_dir: folder of trained tokenizers and encoded tokens, shared by runs; None is
-            $XDG_CACHE_HOME/deepseek_jax or ~/.cache/deepseek_jax.
-    """
+    """Where the text comes from and how it becomes tokens."""
 
     source: str = PYTHON_STDLIB
+    """"python-stdlib" (the .py files of the running Python's standard library: tens of MB of real code without a
+    download), or the path of a folder of text files."""
     patterns: tuple[str, ...] = ("*.txt", "*.md", "*.rst", "*.py")
+    """Which files of a folder are read, as shell patterns of the file name; "python-stdlib" has its own."""
     max_bytes: int | None = None
+    """Most text that is read, in bytes of UTF-8: a fixed pseudo-random choice of whole documents. None reads all."""
     tokenizer: str | None = None
+    """Path of a tokenizer.json; None trains a byte-level BPE on the training documents."""
     vocab_size: int = 4096
+    """Ids of the BPE that is trained, its 3 special tokens and the 256 bytes included."""
     tokenizer_sample_bytes: int = 10_000_000
+    """Text that the BPE is trained on, in bytes."""
     held_out_fraction: float = 0.02
+    """Share of documents never trained on, chosen by a hash of their content: the same on every machine. 0: none."""
     cross_document_attention: bool = True
+    """Whether tokens see the documents before theirs in the same window: true in V3's pre-training (section 4.1).
+    False adds `segment_ids` to every batch."""
     cache_dir: str | None = None
+    """Folder of trained tokenizers and encoded tokens, shared by runs. None: deepseek_jax in $XDG_CACHE_HOME, or in
+    ~/.cache."""
 
     def __post_init__(self) -> None:
         self._require(bool(self.source), "source", f"give {PYTHON_STDLIB!r} or the path of a folder of text files")

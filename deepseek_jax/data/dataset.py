@@ -137,9 +137,7 @@ def fingerprint(files: TokenFiles, seq_len: int, cross_document_attention: bool)
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _tokenizer(
-    config: DataConfig, train: corpus.Documents, of_run: Path, cache_dir: Path, progress: bool
-) -> Tokenizer:
+def _tokenizer(config: DataConfig, train: corpus.Documents, of_run: Path, cache_dir: Path, progress: bool) -> Tokenizer:
     """The tokenizer that the config names, or one trained (or trained before) on `train`; kept in the run's folder."""
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)

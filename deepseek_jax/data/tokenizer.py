@@ -56,7 +56,8 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(json_bytes)
         except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"not a tokenizer.json that `tokenizers` {tokenizers.__version__} reads: {error}") from None
+            version = tokenizers.__version__
+            raise ValueError(f"not a tokenizer.json that `tokenizers` {version} reads: {error}") from None
         # A file may carry the padding and truncation of the model it came from; a corpus wants neither.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,7 @@ def _hash_of_splits(splits: Mapping[str, Sequence[Document]]) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _encode(
-    name: str, documents: Sequence[Document], tokenizer: Tokenizer, dtype: Any, progress: bool
-) -> np.ndarray:
+def _encode(name: str, documents: Sequence[Document], tokenizer: Tokenizer, dtype: Any, progress: bool) -> np.ndarray:
     """All ids of a split, [tokens]."""
     total = sum(document.n_bytes for document in documents)
     parts: list[np.ndarray] = []
@@ -174,14 +172,12 @@ class _Report:
     """Bytes done, on stderr: a bar on a terminal, a plain line now and then elsewhere. Called with each increment."""
 
     def __init__(self, label: str, total: int, shown: bool):
-        self._label, self._total, self._done = label, total, 0
+        self._label, self._total, self._done, self._shown = label, total, 0, shown
         self._bar: Any = None
-        self._say: Callable[[str], None] = (lambda line: print(line, file=sys.stderr, flush=True)) if shown else len
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True)
-            self._say = len
 
     def __enter__(self) -> _Report:
         self._start = self._last = time.monotonic()
@@ -198,5 +194,9 @@ class _Report:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        seconds = time.monotonic() - self._start
-        self._say(f"{self._label}: {self._done / 1e6:.1f} MB in {seconds:.1f} s")
+        else:
+            self._say(f"{self._label}: {self._done / 1e6:.1f} MB in {time.monotonic() - self._start:.1f} s")
+
+    def _say(self, line: str) -> None:
+        if self._shown:
+            print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""What a run says about itself: metric lines, progress, pictures, the manifest. Light to import: jax and matplotlib come
-in where they are used."""
+"""What a run says about itself: metric lines, progress, pictures, the manifest. Light to import: jax and matplotlib
+come in where they are used."""
 
 from deepseek_jax.metrics.manifest import write_manifest
 from deepseek_jax.metrics.plots import loss_curve, router_heatmap

@@ -19,11 +19,11 @@ from typing import Any
 
 from deepseek_jax.storage import write_atomic
 
-_DISTRIBUTION = "deepseek_jax"
+_DISTRIBUTION = "deepseek-jax"
 _PACKAGES = (
     _DISTRIBUTION,
-    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain"),
-    *("numpy", "ml_dtypes", "tensorstore", "tokenizers", "tensorflow-datasets", "safetensors", "tyro", "etils"),
+    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint"),
+    *("grain", "numpy", "ml_dtypes", "tensorstore", "tokenizers", "tensorflow-datasets", "safetensors", "tyro"),
 )
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
@@ -45,7 +45,7 @@ def write_manifest(
     """
     path = Path(run_dir) / "manifest.json"
     start = {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command_line": shlex.join(sys.argv),
         "python": platform.python_version(),
         "packages": package_versions(),
@@ -101,9 +101,7 @@ def git_revision() -> dict[str, Any] | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints, or None when it fails or is not there."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -1,7 +1,6 @@
 """Metrics as JSON lines: one object a line, readable by anything, whole after any crash.
 
-Names that the pictures know (docs of `plots`): `step`, `tokens`, `loss`, `main_loss`, `mtp_loss`, `balance_loss`,
-`held_out_loss`, `held_out_bits_per_byte`, `router_load`, `max_violation`, `router_entropy`. Others are kept as they are.
+Every line has a `step`; the other names are the caller's, and `plots` says which of them it draws.
 
 Numbers are written so that reading gives back the same bits: a float32 as the double that equals it. JSON has no NaN
 and no infinity; they are the strings "NaN", "Infinity" and "-Infinity", which `read_jsonl` turns back into floats.
@@ -80,14 +79,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = path.read_text(encoding="utf-8").split("\n")
-    if unfinished := lines.pop():  # a whole file ends with a newline, after which nothing stands
-        del unfinished
+    lines.pop()  # what follows the last newline: nothing, or a line that a killed program left unfinished
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            record["step"] < 0  # noqa: B015  a line without a number here is no metric line
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: not a metric line ({error!r}): {line[:80]!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number}: a metric line is an object with an int 'step': {line[:80]!r}")
         yield line, _with_floats(record)
 
 

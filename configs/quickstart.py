@@ -1,0 +1,24 @@
+"""A V3-nano on the source code of Python's own standard library: minutes on two CPU cores, no download.
+
+MLA, one dense layer and then experts with a shared one, group-limited routing balanced without a loss, multi-token
+prediction: everything that makes V3, small.
+"""
+
+from deepseek_jax import get_config as model
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.training import MultiStep, RunConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model=model("deepseek-v3-nano"),
+        data=DataConfig(source="python-stdlib", vocab_size=4096),
+        schedule=MultiStep(peak=3e-3, warmup_steps=30),
+        steps=300,
+        batch_size=16,
+        seq_len=256,
+        bias_update_speed=0.003,
+        log_every=10,
+        checkpoint_every=100,
+        sample_prompts=("def ", "import ", "class Test"),
+    )

@@ -1,0 +1,1 @@
+"""Generation. A plain sampler for now: every token runs the whole sequence again."""

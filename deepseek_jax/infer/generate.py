@@ -1,0 +1,180 @@
+"""A plain sampler without a cache, and the way from a run folder to a model.
+
+Each new token runs the whole sequence again, so that what is sampled from is the training forward pass itself; the
+engine with caches must equal it.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.types import Array
+
+_LENGTH_STEP = 64  # buffers are multiples of it, so that few lengths are compiled
+
+
+class Generation(NamedTuple):
+    """What a prompt was continued with."""
+
+    tokens: list[int]
+    """New tokens, the stop token included where one came."""
+    logprobs: list[float]
+    """Log-probability of each new token under the model (temperature 1, whole vocabulary), nats."""
+
+
+def generate(
+    model: DeepSeek,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] | None = None,
+) -> list[Generation]:
+    """Continue each prompt.
+
+    Args:
+        model: the model.
+        variables: its parameters and, where it has them, selection biases.
+        prompts: token ids, at least one a prompt.
+        max_new_tokens: at most so many new tokens each.
+        temperature: 0 takes the likeliest token.
+        top_p: samples from the smallest set of tokens with at least this probability.
+        seed: of the sampling; a prompt's continuation does not depend on the prompts beside it.
+        stop_ids: tokens that end a continuation; the model's end-of-sequence token by default.
+
+    Raises:
+        ValueError: an empty prompt, an id outside the vocabulary, a sequence longer than the model's positions.
+    """
+    config = model.config
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature = {temperature}, top_p = {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+    if not prompts:
+        return []
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: give at least one token (such as the begin-of-sequence token)")
+        if not all(0 <= token < config.vocab_size for token in prompt):
+            raise ValueError(f"prompt {i} has ids outside the vocabulary of {config.vocab_size}")
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and new tokens are {longest}, more than max_position_embeddings = {config.max_position_embeddings}"
+        )
+    if stop_ids is None:
+        stop_ids = () if config.eos_token_id is None else (config.eos_token_id,)
+    length = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, config.max_position_embeddings)
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    starts = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens, logprobs, ends = _sample(
+        model, top_p < 1, temperature > 0, variables, tokens, starts, max_new_tokens,
+        jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(list(stop_ids) or [-1], jnp.int32), jax.random.key(seed),
+    )  # fmt: skip
+    tokens, logprobs, ends = np.asarray(tokens), np.asarray(logprobs), np.asarray(ends)
+    return [
+        Generation(tokens[i, starts[i] : ends[i]].tolist(), logprobs[i, starts[i] : ends[i]].tolist())
+        for i in range(len(prompts))
+    ]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(
+    model: DeepSeek, nucleus: bool, stochastic: bool, variables: Any, tokens_BT: Array, starts_B: Array,
+    new_tokens: int, temperature: Array, top_p: Array, stop_ids: Array, key: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Tokens [B, T], log-probabilities of the tokens at their places [B, T], end of each row [B]."""
+    rows = jnp.arange(tokens_BT.shape[0])
+    head = partial(model.apply, variables, method="head")
+
+    def next_token(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        tokens, logprobs, ends, done, step = state
+        hidden = model.apply(variables, tokens, method="hidden").hidden
+        logits = head(hidden[rows, ends - 1][:, None])[:, 0]
+        if stochastic:
+            # One key a step: a row's choice depends on its own logits and its place in the continuation alone.
+            noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], logits.dtype)
+            scaled = logits / temperature
+            chosen = jnp.argmax((_nucleus(scaled, top_p) if nucleus else scaled) + noise, axis=-1)
+        else:
+            chosen = jnp.argmax(logits, axis=-1)
+        chosen = chosen.astype(tokens.dtype)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
+        tokens = tokens.at[rows, ends].set(jnp.where(done, tokens[rows, ends], chosen))
+        logprobs = logprobs.at[rows, ends].set(jnp.where(done, logprobs[rows, ends], logprob))
+        stopped = (chosen[:, None] == stop_ids).any(axis=-1)
+        return tokens, logprobs, jnp.where(done, ends, ends + 1), done | stopped, step + 1
+
+    def going(state: tuple[Array, Array, Array, Array, Array]) -> Array:
+        return (state[4] < new_tokens) & ~state[3].all()
+
+    done = jnp.zeros(tokens_BT.shape[0], bool)
+    logprobs = jnp.zeros(tokens_BT.shape, jnp.promote_types(model.config.dtype, jnp.float32))
+    start = (jnp.asarray(tokens_BT), logprobs, jnp.asarray(starts_B), done, jnp.zeros((), jnp.int32))
+    return lax.while_loop(going, next_token, start)[:3]
+
+
+def _nucleus(logits_BW: Array, top_p: Array) -> Array:
+    """Logits with −inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`."""
+    ordered = jnp.sort(logits_BW, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+    lowest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BW >= lowest, logits_BW, -jnp.inf)
+
+
+class LoadedRun(NamedTuple):
+    """A finished or running run, ready to be used."""
+
+    model: DeepSeek
+    variables: Any
+    tokenizer: Any
+    step: int
+
+
+def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
+    """Model, newest (or given) checkpoint and tokenizer of a run folder.
+
+    Raises:
+        ValueError: no manifest, no checkpoint, or one that does not fit the manifest's configuration.
+    """
+    from deepseek_jax.checkpoint.store import Store
+    from deepseek_jax.config import ModelConfig
+    from deepseek_jax.data.tokenizer import load_tokenizer
+    from deepseek_jax.models.counts import abstract_variables
+    from deepseek_jax.parallel.rules import unbox
+    from deepseek_jax.serialize import from_dict
+
+    run_dir = Path(run_dir)
+    manifest = run_dir / "manifest.json"
+    if not manifest.exists():
+        raise ValueError(f"{run_dir} is no run folder: it has no manifest.json; give the --run-dir of a training run")
+    config = from_dict(ModelConfig, json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"])
+    with Store(run_dir / "checkpoints", read_only=True) as store:
+        step = store.latest() if step is None else step
+        if step is None:
+            raise ValueError(f"{run_dir} has no checkpoint yet: let the run reach its first one")
+        variables, _ = store.restore_params(unbox(abstract_variables(config)), step)
+    return LoadedRun(DeepSeek(config), variables, load_tokenizer(run_dir / "tokenizer.json"), step)
+
+
+def continue_text(run: LoadedRun, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Continuations of texts, as text; options as in `generate`."""
+    ids = [run.tokenizer.encode(prompt) for prompt in prompts]
+    return [
+        run.tokenizer.decode(result.tokens, skip_special=True)
+        for result in generate(run.model, run.variables, ids, **options)
+    ]

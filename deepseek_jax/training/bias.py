@@ -1,0 +1,31 @@
+"""V3's auxiliary-loss-free balancing (section 2.1.2; Wang et al., arXiv 2408.15664): the update of the selection bias."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.types import Array, RouterStats
+
+
+def updated_bias(bias_LE: Array, load_LE: Array, speed: float) -> Array:
+    """b_i + γ · sign(mean load − load_i), layer by layer; an expert at the mean keeps its bias.
+
+    The load is that of the whole global batch of an optimizer step, and this is called once per step.
+    """
+    error_LE = load_LE.mean(axis=-1, keepdims=True) - load_LE
+    return bias_LE + (speed * jnp.sign(error_LE)).astype(bias_LE.dtype)
+
+
+def update_router(router: Any, stats: dict[str, RouterStats], speed: float) -> Any:
+    """The `router` collection after a step: every stack's bias moved by that stack's load."""
+    return {
+        name: jax.tree.map(lambda bias, name=name: updated_bias(bias, stats[name].load, speed), group)
+        for name, group in router.items()
+    }
+
+
+def max_violation(load_LE: Array) -> Array:
+    """MaxVio of each layer: highest load over the mean, minus 1 (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
+    mean_L = jnp.maximum(load_LE.mean(axis=-1), 1e-20)
+    return load_LE.max(axis=-1) / mean_L - 1

@@ -1,0 +1,201 @@
+"""The training objective: next-token loss, multi-token loss, balance losses.
+
+Every term is a sum over the counted tokens (or sequences) of the *global* batch over their number, which is computed
+from the whole batch first: accumulation, packing and sharding cannot change it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from deepseek_jax.layers.context import valid_after_shift
+from deepseek_jax.layers.weights import at_least_float32
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import shard
+from deepseek_jax.types import Array, RouterStats
+
+
+def cross_entropy_sum(hidden_BTD: Array, w_DW: Array, targets_BT: Array, weights_BT: Array, chunk: int) -> Array:
+    """Σ weight · −log softmax(hidden · w)[target], with the logits of at most `chunk` positions at once.
+
+    Where a gradient is asked for, each chunk's is computed while its logits exist, so that they are made once.
+
+    Args:
+        hidden_BTD: state before the head.
+        w_DW: the head's weight; cast to the dtype of `hidden_BTD` for the products.
+        targets_BT: token ids.
+        weights_BT: float; 0 leaves a position out. No gradient flows to it.
+        chunk: positions of a sequence per piece.
+
+    Returns:
+        Scalar, float32 or wider.
+    """
+    B, T, _ = hidden_BTD.shape
+    chunk = min(chunk, T)
+    pad = -T % chunk
+
+    def pieces(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
+        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+    return _chunks_sum(pieces(hidden_BTD), w_DW, pieces(targets_BT), pieces(weights_BT))
+
+
+def _piece(hidden: Array, w: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Loss of one chunk, its probabilities [B, c, W] and where its targets are."""
+    wide = at_least_float32(hidden.dtype)
+    logits = jnp.einsum("bcd,dw->bcw", hidden, w.astype(hidden.dtype), preferred_element_type=wide)
+    logits = shard(logits, "batch", "length", "act_vocab")
+    highest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    # A comparison, not a gather: it stays local where the vocabulary is sharded.
+    is_target = targets[..., None] == jnp.arange(w.shape[1])
+    target_logit = jnp.where(is_target, logits, 0).sum(axis=-1)
+    losses = jnp.log(total[..., 0]) + highest[..., 0] - target_logit
+    return (losses * weights).sum(), exponentials / total, is_target
+
+
+@jax.custom_vjp
+def _chunks_sum(hidden: Array, w: Array, targets: Array, weights: Array) -> Array:
+    def step(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + _piece(piece[0], w, piece[1], piece[2])[0], None
+
+    start = jnp.zeros((), at_least_float32(hidden.dtype))
+    return lax.scan(step, start, (hidden, targets, weights))[0]
+
+
+def _chunks_fwd(hidden: Array, w: Array, targets: Array, weights: Array):
+    wide = at_least_float32(hidden.dtype)
+
+    def step(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]):
+        total, dw = carry
+        h, targets_c, weights_c = piece
+        loss, probabilities, is_target = _piece(h, w, targets_c, weights_c)
+        d_logits = ((probabilities - is_target) * weights_c[..., None]).astype(h.dtype)
+        dh = jnp.einsum("bcw,dw->bcd", d_logits, w.astype(h.dtype), preferred_element_type=wide)
+        dw += jnp.einsum("bcd,bcw->dw", h, d_logits, preferred_element_type=wide)
+        return (total + loss, dw), dh.astype(h.dtype)
+
+    start = (jnp.zeros((), wide), jnp.zeros(w.shape, wide))
+    (total, dw), dh = lax.scan(step, start, (hidden, targets, weights))
+    return total, (dh, dw.astype(w.dtype))
+
+
+def _chunks_bwd(residuals: tuple[Array, Array], d: Array):
+    dh, dw = residuals
+    return (dh * d).astype(dh.dtype), (dw * d).astype(dw.dtype), None, None
+
+
+_chunks_sum.defvjp(_chunks_fwd, _chunks_bwd)
+
+
+class Targets(NamedTuple):
+    """What each position must predict, for depth 0 (the main model) to the depth of multi-token prediction."""
+
+    tokens: Array
+    """Int32 [1 + depth, B, T]; `[k, :, i]` is token i + k + 1."""
+    counted: Array
+    """Bool [1 + depth, B, T]: that token exists, lies in the same document, and is not masked out."""
+
+
+def make_targets(batch: dict[str, Array], depth: int) -> Targets:
+    """Targets of a batch `{"tokens": [B, T + 1], optional "segment_ids": [B, T + 1], optional "loss_mask": [B, T + 1]}`.
+
+    `loss_mask` says of each token whether it is to be learned; segment 0 is padding.
+    """
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    present = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+    learned = batch.get("loss_mask")
+    targets, counted = [], []
+    for k in range(1, depth + 2):
+        # Depth k reads token i + k - 1 and predicts token i + k: both must belong to the document of token i.
+        ok = valid_after_shift(present, segment_ids, k) & valid_after_shift(present, segment_ids, k - 1)
+        if learned is not None:
+            ok &= jnp.roll(learned.astype(bool), -k, axis=1)
+        targets.append(jnp.roll(tokens, -k, axis=1)[:, :-1])
+        counted.append(ok[:, :-1])
+    return Targets(jnp.stack(targets), jnp.stack(counted))
+
+
+@struct.dataclass
+class Totals:
+    """How many tokens and sequences the whole batch counts; the denominators of every mean."""
+
+    tokens: Array
+    """Float [1 + depth]."""
+    sequences: dict[str, Array]
+    """Float [] for `moe_layers`, [depth] for `mtp`: sequences with a counted token in the router's eyes."""
+
+
+def make_totals(batch: dict[str, Array], depth: int, dtype: Any) -> Totals:
+    """Totals of the whole batch of an optimizer step; at least 1 each, so that an empty batch has loss 0."""
+    counted = make_targets(batch, depth).counted
+    tokens, segment_ids = batch["tokens"][:, :-1], batch.get("segment_ids")
+    segment_ids = None if segment_ids is None else segment_ids[:, :-1]
+    present = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+
+    def sequences(shift: int) -> Array:
+        return jnp.maximum(valid_after_shift(present, segment_ids, shift).any(axis=1).sum(), 1).astype(dtype)
+
+    return Totals(
+        tokens=jnp.maximum(counted.sum(axis=(1, 2)), 1).astype(dtype),
+        sequences={
+            "moe_layers": sequences(0),
+            "mtp": jnp.stack([sequences(k) for k in range(1, depth + 1)]) if depth else jnp.zeros(0, dtype),
+        },
+    )
+
+
+@struct.dataclass
+class Losses:
+    """The parts of the objective, each already divided by its total: parts of a batch add up."""
+
+    main: Array
+    mtp: Array
+    """[depth], not weighted by λ."""
+    balance: Array
+    router: dict[str, RouterStats]
+
+
+def loss_parts(
+    config: Any, params: Any, router: Any, batch: dict[str, Array], totals: Totals, *, train: bool = True
+) -> tuple[Array, Losses]:
+    """Objective of (a piece of) a batch: main + λ/depth · Σ multi-token (V3 eq. 24–25) + balance losses.
+
+    Args:
+        config: the `RunConfig`.
+        params: of the model.
+        router: selection biases; `{}` where the model has none.
+        batch: see `make_targets`.
+        totals: of the whole batch of the step, of which `batch` may be a piece.
+        train: drop tokens beyond capacity where the member does so.
+    """
+    model = DeepSeek(config.model)
+    depth = config.model.num_nextn_predict_layers
+    variables = {"params": params, **({"router": router} if router else {})}
+    segment_ids = batch.get("segment_ids")
+    out = model.apply(
+        variables, batch["tokens"][:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1],
+        train=train, method="hidden",
+    )  # fmt: skip
+    w_DW = model.apply(variables, method="head_kernel")
+    targets = make_targets(batch, depth)
+
+    def mean(k: int, hidden: Array) -> Array:
+        weights = targets.counted[k].astype(totals.tokens.dtype)
+        return cross_entropy_sum(hidden, w_DW, targets.tokens[k], weights, config.loss_chunk) / totals.tokens[k]
+
+    main = mean(0, out.hidden)
+    mtp = jnp.stack([mean(k, out.mtp_hidden[k - 1]) for k in range(1, depth + 1)]) if depth else jnp.zeros(0, main.dtype)
+    balance = jnp.zeros((), main.dtype)
+    for name, stats in out.router.items():
+        for loss_LB in stats.balance_loss.values():
+            balance += (loss_LB.sum(axis=1) / totals.sequences[name]).sum()
+    total = main + balance
+    if depth:
+        total += config.mtp_loss_weight / depth * mtp.sum()
+    return total, Losses(main=main, mtp=mtp, balance=balance, router=out.router)

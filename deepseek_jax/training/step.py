@@ -1,0 +1,104 @@
+"""One optimizer step as a pure function of state and batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from deepseek_jax.layers.weights import at_least_float32
+from deepseek_jax.parallel.rules import named_sharding
+from deepseek_jax.training.bias import max_violation, update_router
+from deepseek_jax.training.config import RunConfig
+from deepseek_jax.training.loss import Losses, loss_parts, make_totals
+from deepseek_jax.training.optimizer import learning_rate, make_optimizer
+from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.types import Array
+
+Batch = dict[str, Array]
+Metrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: RunConfig) -> TrainStep:
+    """The pure function `train_step(state, batch) -> (state, metrics)` of a run."""
+    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    depth = config.model.num_nextn_predict_layers
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        totals = make_totals(batch, depth, at_least_float32(config.model.dtype))
+
+        def piece(batch: Batch) -> tuple[Any, Array, Losses]:
+            def objective(params: Any) -> tuple[Array, Losses]:
+                return loss_parts(config, params, state.router, batch, totals)
+
+            (total, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            return grads, total, losses
+
+        grads, total, losses = _summed(piece, batch, config.accumulation)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        router = state.router
+        if router:
+            router = update_router(router, losses.router, config.bias_update_speed)
+        metrics = {
+            "loss": total,
+            "main_loss": losses.main,
+            "mtp_loss": losses.mtp,
+            "balance_loss": losses.balance,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate(config.schedule, config.steps, state.step),
+        }
+        if losses.router:
+            stats = losses.router
+            metrics["router_load"] = {name: s.load for name, s in stats.items()}
+            metrics["max_violation"] = {name: max_violation(s.load) for name, s in stats.items()}
+            metrics["router_entropy"] = {name: s.entropy / config.accumulation for name, s in stats.items()}
+            metrics["dropped_share"] = {
+                name: s.dropped / jnp.maximum(s.load.sum(axis=-1), 1) for name, s in stats.items()
+            }
+        new = TrainState(
+            step=state.step + 1, params=optax.apply_updates(state.params, updates), router=router, opt_state=opt_state
+        )
+        return new, metrics
+
+    return train_step
+
+
+def _summed(piece: Callable[[Batch], Any], batch: Batch, accumulation: int) -> Any:
+    """Sum of `piece` over the batch in `accumulation` parts, each a part of every device's sequences."""
+    if accumulation == 1:
+        return piece(batch)
+    # Every accumulation-th sequence, so that a batch sharded over devices stays where it is.
+    parts = {k: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0) for k, x in batch.items()}
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, _without_sequences(piece(part))), None
+
+    shapes = jax.eval_shape(lambda: _without_sequences(piece({k: x[0] for k, x in parts.items()})))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, at_least_float32(leaf.dtype)), shapes)
+    return lax.scan(add, zeros, parts)[0]
+
+
+def _without_sequences(result: tuple[Any, Array, Losses]) -> tuple[Any, Array, Losses]:
+    """Per-sequence values left out: they are in the losses already and do not add up over parts."""
+    grads, total, losses = result
+    router = {k: v.replace(balance_loss={}, valid_sequences=jnp.zeros(())) for k, v in losses.router.items()}
+    return grads, total, losses.replace(router=router)
+
+
+def compile_train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
+    """`train_step` jitted for a mesh: shardings of state and batch stated, the old state's memory reused."""
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    # With output shardings unstated, the gradient of a sharded weight comes back replicated.
+    return jax.jit(
+        make_train_step(config), in_shardings=(state, None), out_shardings=(state, None), donate_argnums=0
+    )
+
+
+def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
+    """A host batch of [B, T + 1] arrays, spread over the mesh by sequence."""
+    names = ("batch", "length")
+    return {k: jax.device_put(x, named_sharding(mesh, names, x.shape, f"batch {k!r}")) for k, x in batch.items()}
