@@ -155,7 +155,11 @@ def layer_rows(config: ModelConfig, moe: bool) -> list[Row]:
         ("ffn_norm/scale", "post_attention_layernorm.weight", same),
     ]
     if isinstance(config.attention, GQA):
-        for letter, weight, bias in (("q", query_heads, query_bias), ("k", kv_heads, kv_bias), ("v", kv_heads, kv_bias)):
+        for letter, weight, bias in (
+            ("q", query_heads, query_bias),
+            ("k", kv_heads, kv_bias),
+            ("v", kv_heads, kv_bias),
+        ):
             rows.append((f"attention/w_{letter}", f"self_attn.{letter}_proj.weight", weight))
             if config.attention.qkv_bias:
                 rows.append((f"attention/b_{letter}", f"self_attn.{letter}_proj.bias", bias))

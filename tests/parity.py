@@ -1,5 +1,6 @@
 """What the parity tests share: golden cases, random variables under which every part matters, relative distance."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +47,8 @@ def load_golden(case: str, dtype: str = "float32") -> Golden:
 
 @cache
 def abstract_variables(config: dsj.ModelConfig) -> Any:
-    """Shapes of `DeepSeek(config).init`."""
+    """Shapes of `DeepSeek(config).init`, in float32 whatever the configuration says."""
+    config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     return jax.eval_shape(dsj.DeepSeek(config).init, jax.random.key(0), tokens)
 

@@ -1,4 +1,4 @@
-"""Documents, tokenizer, token cache and pipeline: what a run reads is exact, the same everywhere, and resumable."""
+"""Documents, tokenizer, token cache, and all of it from a config: what a run reads is exact and the same everywhere."""
 
 import json
 import random
@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 
+from deepseek_jax import storage
 from deepseek_jax.data import corpus, tokens
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.corpus import Document, Documents
 from deepseek_jax.data.dataset import load
-from deepseek_jax.data.pipeline import TokenSource, batches, held_out_batches
 from deepseek_jax.data.tokenizer import EOS_TOKEN, SPECIAL_TOKENS, load_tokenizer, train_bpe
 
 
@@ -77,13 +77,19 @@ def test_split_depends_on_each_documents_text_alone():
     assert not held_out_texts & {document.text for document in again[0]}
 
 
+def test_content_hash_is_that_of_a_set_of_texts():
+    documents = make_documents(9)
+    elsewhere = [Document(f"other/{document.name}", document.text) for document in reversed(documents)]
+    assert corpus.content_hash(elsewhere) == corpus.content_hash(documents) != corpus.content_hash(documents[1:])
+
+
 @pytest.mark.parametrize(("n", "fraction"), [(2, 0.001), (2, 0.999), (5, 0.01), (5, 0.99)])
 def test_split_leaves_no_side_empty(n, fraction):
     assert min(map(len, corpus.split(make_documents(n), fraction))) >= 1
 
 
 def test_split_errors():
-    with pytest.raises(ValueError, match="the corpus has 1 documents.*at least 2 different ones, or held_out_frac"):
+    with pytest.raises(ValueError, match=r"the corpus has 1 documents.*at least 2 different ones, or held_out_frac"):
         corpus.split(make_documents(1), 0.1)
     with pytest.raises(ValueError, match="the corpus has 0 documents"):
         corpus.split([], 0.0)
@@ -120,12 +126,16 @@ def test_round_trip_of_any_text(tokenizer):
         strategies.sampled_from([*SPECIAL_TOKENS, "\r\n", "\t  ", "12345", "你好、カナ", "e\u0301", "👩‍🚀", "\x00"]),
     )
 
+    lengths = tokenizer.byte_lengths()
+    assert lengths.shape == (tokenizer.vocab_size,) and not lengths[:3].any()
+
     @hypothesis.settings(max_examples=60, deadline=None, database=None)
     @hypothesis.given(strategies.lists(pieces, max_size=6).map("".join))
     def check(text):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert not {0, 1, 2} & set(ids), "text became a special token"
+        assert lengths[ids].sum() == len(text.encode())
 
     check()
 
@@ -161,7 +171,7 @@ def test_training_a_bpe_is_repeatable(tokenizer, tmp_path):
 
 
 def test_tokenizer_errors(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="vocab_size=258: .* at least 259"):
+    with pytest.raises(ValueError, match=r"vocab_size=258: .* at least 259"):
         train_bpe(["text"], 258, tmp_path / "x.json")
     with pytest.raises(ValueError, match="no text to train"):
         train_bpe([""], 300, tmp_path / "x.json")
@@ -178,15 +188,30 @@ def test_tokenizer_errors(tokenizer, tmp_path):
         tokenizer.decode([tokenizer.vocab_size])
 
 
-# Token cache
+# Files and token cache
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    path = storage.write_atomic(tmp_path / "sub" / "a.txt", "old\r\n")
+    monkeypatch.setattr(storage.os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        storage.write_atomic(path, "new")
+    with pytest.raises(OSError, match="no space"):
+        storage.save_array(path, np.zeros(3))
+    assert path.read_bytes() == b"old\r\n" and list(path.parent.iterdir()) == [path]
 
 
 def test_prepare_stores_each_document_between_bos_and_eos(tokenizer, tmp_path):
     documents = make_documents(20)
     files = tokens.prepare({"train": documents[:15], "held_out": documents[15:]}, tokenizer, tmp_path, progress=False)
-    expected = [i for document in documents[15:] for i in [0, *tokenizer.encode(document.text), 1]]
+    ordered = sorted(documents[15:], key=lambda document: document.digest)
+    expected = [i for document in ordered for i in [0, *tokenizer.encode(document.text), 1]]
     array = files.array("held_out")
     assert array.dtype == np.uint16 and array.tolist() == expected
+    assert isinstance(array, np.memmap) and not array.flags.writeable
     split = files.splits["held_out"]
     assert (split.tokens, split.documents) == (len(expected), 5)
     assert split.text_bytes == sum(len(document.text.encode()) for document in documents[15:])
@@ -207,7 +232,7 @@ def test_prepare_reuses_the_cache_and_mends_it(tokenizer, tmp_path, monkeypatch)
     mended = tokens.prepare(splits, tokenizer, tmp_path, progress=False)
     assert not mended.reused and mended.array("train").tolist() == whole
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="delete .* to encode the corpus again"):
+    with pytest.raises(ValueError, match=r"delete .* to encode the corpus again"):
         mended.array("train")
 
 
@@ -226,120 +251,6 @@ def test_progress_in_a_log_is_plain_lines(tokenizer, tmp_path, capsys):
     tokens.prepare({"train": make_documents(10)}, tokenizer, tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("encoding train: 0.0 MB in ")
-
-
-# Windows and batches
-
-
-def test_windows_make_every_token_a_target_once():
-    source = TokenSource(np.arange(100, 150, dtype=np.uint16), 8)
-    assert len(source) == 6 and source[0]["tokens"].dtype == np.int32
-    targets = np.concatenate([source[i]["tokens"][1:] for i in range(len(source))])
-    np.testing.assert_array_equal(targets, np.arange(101, 149))
-    with pytest.raises(IndexError):
-        source[6]
-
-
-@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
-def test_held_out_windows_cover_every_token_once(n):
-    source = TokenSource(np.arange(100, 100 + n, dtype=np.uint16), 8, pad_last=True)
-    found = list(held_out_batches(source, 4))
-    assert all(batch["tokens"].shape == (4, 9) for batch in found)
-    tokens_BT = np.concatenate([batch["tokens"] for batch in found])
-    real_BT = np.concatenate([batch["segment_ids"] for batch in found]) > 0
-    np.testing.assert_array_equal(tokens_BT[:, 1:][real_BT[:, 1:]], np.arange(101, 100 + n))
-
-
-def test_held_out_batches_are_shared_between_processes():
-    source = TokenSource(np.arange(100, dtype=np.uint16), 8, pad_last=True)
-    whole = list(held_out_batches(source, 4, max_batches=2))
-    shares = [list(held_out_batches(source, 4, max_batches=2, process_index=i, process_count=2)) for i in range(2)]
-    assert len(whole) == 2
-    for number, batch in enumerate(whole):
-        joined = np.concatenate([share[number]["tokens"] for share in shares])
-        np.testing.assert_array_equal(joined, batch["tokens"])
-    with pytest.raises(ValueError, match="build it with pad_last=True"):
-        held_out_batches(TokenSource(np.arange(100), 8), 4)
-
-
-def test_segment_ids_count_documents_and_leave_padding_zero():
-    stored = np.array([0, 5, 1, 0, 6, 7, 1, 0, 8, 1], np.uint16)  # BOS is 0, EOS is 1
-    source = TokenSource(stored, 6, eos_id=1, cross_document_attention=False, pad_last=True)
-    assert source[0]["segment_ids"].tolist() == [1, 1, 1, 2, 2, 2, 2]
-    assert source[1]["segment_ids"].tolist() == [1, 2, 2, 2, 0, 0, 0]
-    assert "segment_ids" not in TokenSource(stored, 6, eos_id=1)[0]
-
-
-def test_batches_shuffle_each_epoch_anew_and_miss_nothing():
-    source = TokenSource(np.arange(1 + 10 * 4), 4)  # 10 windows, known by their first token
-    iterator = batches(source, 4, seed=3)
-    first = np.concatenate([next(iterator)["tokens"] for _ in range(10)])[:, 0] // 4  # 4 epochs
-    epochs = first.reshape(4, 10)
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
-    assert len({tuple(epoch) for epoch in epochs.tolist()} | {tuple(range(10))}) == 5
-    again = batches(source, 4, seed=3, threads=1, prefetch=1)
-    np.testing.assert_array_equal(np.concatenate([next(again)["tokens"] for _ in range(10)])[:, 0] // 4, first)
-    other = batches(source, 10, seed=4)
-    assert (next(other)["tokens"][:, 0] // 4).tolist() != epochs[0].tolist()
-
-
-def test_processes_share_one_global_batch():
-    source = TokenSource(np.arange(1 + 50 * 4), 4)
-    whole = batches(source, 6, seed=0)
-    shares = [batches(source, 6, seed=0, process_index=i, process_count=3) for i in range(3)]
-    for _ in range(12):
-        joined = np.concatenate([next(share)["tokens"] for share in shares])
-        np.testing.assert_array_equal(joined, next(whole)["tokens"])
-    assert whole.get_state() == shares[2].get_state()
-
-
-def test_restored_iterator_goes_on_bit_for_bit():
-    source = TokenSource(np.random.default_rng(0).integers(0, 300, 2000), 16)
-    iterator = batches(source, 8, seed=1)
-    for stop in (0, 1, 7, 23):
-        while iterator.get_state()["next_index"] < stop:
-            next(iterator)
-        state = json.loads(json.dumps(iterator.get_state()))
-        expected = [next(iterator)["tokens"] for _ in range(5)]
-        fresh = batches(source, 8, seed=1)
-        next(fresh)  # what was read ahead must not leak through
-        fresh.set_state(state)
-        for batch in expected:
-            np.testing.assert_array_equal(next(fresh)["tokens"], batch)
-
-
-def test_restoring_replays_nothing():
-    reads = []
-
-    class Counting(TokenSource):
-        def __getitem__(self, index):
-            reads.append(index)
-            return super().__getitem__(index)
-
-    iterator = batches(Counting(np.arange(1000), 8), 4, seed=0, threads=1, prefetch=1)
-    iterator.set_state({"next_index": 10_000_000})
-    next(iterator)
-    assert len(reads) <= 3 * 4
-
-
-@pytest.mark.parametrize(
-    ("error", "make"),
-    [
-        ("the train split has 8 tokens, .*seq_len=8 needs 9", lambda: TokenSource(np.arange(8), 8, name="train")),
-        ("seq_len=0", lambda: TokenSource(np.arange(8), 0)),
-        ("eos_id=None", lambda: TokenSource(np.arange(9), 8, cross_document_attention=False)),
-        ("batch_size=5: must be a positive multiple of process_count=2", lambda: small_batches(5, process_count=2)),
-        ("process_index=2", lambda: small_batches(4, process_index=2, process_count=2)),
-        ("seed=-1", lambda: small_batches(4, seed=-1)),
-    ],
-)
-def test_pipeline_errors(error, make):
-    with pytest.raises(ValueError, match=error):
-        make()
-
-
-def small_batches(batch_size, seed=0, **options):
-    return batches(TokenSource(np.arange(100), 8), batch_size, seed, **options)
 
 
 # From config to batches
@@ -410,10 +321,10 @@ def test_load_errors(text_folder, tmp_path):
     config = config_for(text_folder)
     with pytest.raises(ValueError, match="vocab_size=280 of the model is smaller"):
         load(config, 32, tmp_path / "a", model_vocab_size=280, progress=False)
-    with pytest.raises(ValueError, match="the train split has .* seq_len=100000"):
+    with pytest.raises(ValueError, match=r"the train split has .* seq_len=100000"):
         load(config, 100_000, tmp_path / "a", progress=False)
     load(config, 32, tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="another tokenizer than .* vocab_size=290 give now"):
+    with pytest.raises(ValueError, match=r"another tokenizer than .* vocab_size=290 give now"):
         load(config_for(text_folder, vocab_size=290), 32, tmp_path / "run", progress=False)
 
 

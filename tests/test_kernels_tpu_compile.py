@@ -71,7 +71,9 @@ def main(topology: str) -> None:
     def report(case: str, program, **more) -> None:
         memory, cost = program.memory_analysis(), program.cost_analysis()
         row = dict(case=case, temporary_bytes=memory.temp_size_in_bytes, flops=cost["flops"], **more)
-        print(json.dumps({**row, "kernels": program.as_text().count('custom_call_target="tpu_custom_call"')}), flush=True)
+        print(
+            json.dumps({**row, "kernels": program.as_text().count('custom_call_target="tpu_custom_call"')}), flush=True
+        )
 
     def attend(case: str, B: int, T: int, N: int, K: int, H: int, V: int) -> None:
         # Ids that depend on nothing are enough to compile the segmented kernels.

@@ -132,6 +132,7 @@ def run_python(program: str) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.smoke
 def test_importing_the_package_imports_nothing_heavy():
     run_python(
         """
@@ -143,6 +144,7 @@ def test_importing_the_package_imports_nothing_heavy():
     )
 
 
+@pytest.mark.smoke
 def test_using_the_package_opens_no_socket_and_starts_no_backend():
     """Every public name is imported; what is needed only to run, or to read and write, is still not there."""
     run_python(

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax.storage import write_atomic
 
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
@@ -94,6 +96,18 @@ class Tokenizer:
         if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"ids {outside[:5]} are outside the tokenizer's vocabulary of {self.vocab_size}")
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for special tokens. For byte-level tokenizers
+        (DeepSeek's, Qwen's, Llama 3's), whose every id is a fixed string of bytes: the sum over any part of a text is
+        exact, also where the part begins or ends within a character."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        # In a byte-level vocabulary each character of an entry stands for one byte.
+        for entry, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            lengths[i] = len(entry)
+        for i, added in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[i] = 0 if added.special else len(added.content.encode())
+        return lengths
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the tokenizer.json, byte for byte as it was read, so that its hash stays. Returns the path."""

@@ -94,7 +94,7 @@ def prepare(
     """Encodes the documents of each split, or finds them encoded.
 
     Args:
-        splits: name ("train", "held_out") -> documents, stored in the order given.
+        splits: name ("train", "held_out") -> documents, stored in hash order whatever order they come in.
         tokenizer: encodes the text; on all cores.
         cache_dir: its subfolder `tokens/<content>-<tokenizer>` holds the arrays. meta.json is written last, so a
             folder with one is whole; sizes are checked before it is used again.
@@ -111,7 +111,8 @@ def prepare(
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     counts = {}
     for name, documents in splits.items():
-        array = _encode(name, documents, tokenizer, dtype, progress)
+        ordered = sorted(documents, key=lambda document: document.digest)
+        array = _encode(name, ordered, tokenizer, dtype, progress)
         save_array(folder / f"{name}.npy", array)
         counts[name] = Split(len(array), len(documents), sum(document.n_bytes for document in documents))
     meta = {

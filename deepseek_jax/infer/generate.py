@@ -40,6 +40,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
+    vocab_size: int | None = None,
 ) -> list[Generation]:
     """Continue each prompt.
 
@@ -52,6 +53,7 @@ def generate(
         top_p: samples from the smallest set of tokens with at least this probability.
         seed: of the sampling; a prompt's continuation does not depend on the prompts beside it.
         stop_ids: tokens that end a continuation; the model's end-of-sequence token by default.
+        vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, a sequence longer than the model's positions.
@@ -81,7 +83,7 @@ def generate(
         row[: len(prompt)] = prompt
     starts = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens, logprobs, ends = _sample(
-        model, top_p < 1, temperature > 0, variables, tokens, starts, max_new_tokens,
+        model, top_p < 1, temperature > 0, vocab_size or config.vocab_size, variables, tokens, starts, max_new_tokens,
         jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32),
         jnp.asarray(list(stop_ids) or [-1], jnp.int32), jax.random.key(seed),
     )  # fmt: skip
@@ -92,9 +94,9 @@ def generate(
     ]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sample(
-    model: DeepSeek, nucleus: bool, stochastic: bool, variables: Any, tokens_BT: Array, starts_B: Array,
+    model: DeepSeek, nucleus: bool, stochastic: bool, vocab_size: int, variables: Any, tokens_BT: Array, starts_B: Array,
     new_tokens: int, temperature: Array, top_p: Array, stop_ids: Array, key: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Tokens [B, T], log-probabilities of the tokens at their places [B, T], end of each row [B]."""
@@ -105,6 +107,7 @@ def _sample(
         tokens, logprobs, ends, done, step = state
         hidden = model.apply(variables, tokens, method="hidden").hidden
         logits = head(hidden[rows, ends - 1][:, None])[:, 0]
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         if stochastic:
             # One key a step: a row's choice depends on its own logits and its place in the continuation alone.
             noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], logits.dtype)
@@ -173,8 +176,9 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
 
 def continue_text(run: LoadedRun, prompts: Sequence[str], **options: Any) -> list[str]:
     """Continuations of texts, as text; options as in `generate`."""
-    ids = [run.tokenizer.encode(prompt) for prompt in prompts]
-    return [
-        run.tokenizer.decode(result.tokens, skip_special=True)
-        for result in generate(run.model, run.variables, ids, **options)
-    ]
+    tokenizer = run.tokenizer
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
+    results = generate(
+        run.model, run.variables, ids, stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size, **options
+    )
+    return [tokenizer.decode(result.tokens, skip_special=True) for result in results]

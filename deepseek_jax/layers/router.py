@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MoE
 from deepseek_jax.layers.weights import at_least_float32, weight
@@ -24,6 +25,7 @@ def affinities(x_BTD: Array, w_DE: Array, scoring_func: str) -> Array:
     logits_BTE = jnp.einsum(
         "btd,de->bte", x_BTD.astype(wide), w_DE.astype(wide), precision=lax.Precision.HIGHEST
     )
+    logits_BTE = checkpoint_name(logits_BTE, "router_logits")
     return jax.nn.sigmoid(logits_BTE) if scoring_func == "sigmoid" else jax.nn.softmax(logits_BTE, axis=-1)
 
 

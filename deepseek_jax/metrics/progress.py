@@ -44,12 +44,6 @@ class Progress:
         self._bar: Any = None
         self._start = time.monotonic()
         self._last_line = -float("inf")
-        if shown and self._stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, initial=initial, desc=label, unit=unit, file=self._stream, dynamic_ncols=True, leave=True
-            )
 
     def update(self, count: int, values: Mapping[str, float | int | str] | None = None) -> None:
         """Shows that the loop has reached `count`. `values` are shown beside it, numbers to four digits.
@@ -59,6 +53,7 @@ class Progress:
         self._count = count
         if not self._shown:
             return
+        self._begin()
         text = "  ".join(f"{name} {_short(value)}" for name, value in (values or {}).items())
         if self._bar is not None:
             if text:
@@ -85,10 +80,21 @@ class Progress:
             self._bar.close()
 
     def __enter__(self) -> Progress:
+        self._begin()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _begin(self) -> None:
+        """Draws the bar where there is a terminal; not before the loop begins, so that messages may come first."""
+        if self._bar is None and self._shown and self._stream.isatty():
+            from tqdm import tqdm
+
+            total, initial = self._total, self._initial
+            self._bar = tqdm(
+                total=total, initial=initial, desc=self._label, unit=self._unit, file=self._stream, dynamic_ncols=True
+            )
 
     def _eta(self, now: float) -> str:
         done, left = self._count - self._initial, self._total - self._count

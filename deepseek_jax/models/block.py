@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQA, Dense, MoE, ModelConfig
 from deepseek_jax.layers.context import Context
@@ -17,7 +18,7 @@ from deepseek_jax.types import Array, RouterStats
 
 V3_SAVED = (
     "q", "k", "v", "c_q", "c_kv", "k_rope", "attention", "attention_lse", "block_attention",
-    "ffn_gate", "ffn_up", "expert_in", "expert_gate", "expert_up", "expert_out",
+    "block_ffn", "mtp_in", "router_logits", "ffn_gate", "ffn_up", "expert_in", "expert_gate", "expert_up", "expert_out",
 )  # fmt: skip
 """What remat = "v3" keeps: all matrix products but MLA's up-projections. Norms, those and SwiGLU's product are redone."""
 
@@ -38,14 +39,14 @@ class Block(nn.Module):
             attention = GQAttention(c.attention, c.rope, name="attention", **kwargs)
         else:
             attention = MLAttention(c.attention, c.rope, c.rms_norm_eps, name="attention", **kwargs)
-        x_BTD = x_BTD + jax.ad_checkpoint.checkpoint_name(attention(normed, context), "block_attention")
+        x_BTD = x_BTD + checkpoint_name(attention(normed, context), "block_attention")
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
         if self.moe:
             assert isinstance(c.ffn, MoE)
             out_BTD, stats = MoELayer(c.ffn, name="ffn", **kwargs)(normed, context)
-            return x_BTD + out_BTD, stats
+            return x_BTD + checkpoint_name(out_BTD, "block_ffn"), stats
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
-        return x_BTD + SwiGLU(width, name="ffn", **kwargs)(normed), None
+        return x_BTD + checkpoint_name(SwiGLU(width, name="ffn", **kwargs)(normed), "block_ffn"), None
 
 
 def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:

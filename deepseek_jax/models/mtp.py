@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MoE, ModelConfig
 from deepseek_jax.layers.context import Context
@@ -31,7 +32,7 @@ class MTPModule(nn.Module):
         w_proj = weight(
             self, "w_proj", (2 * D, D), ("embed", "act_embed"), dtype=c.param_dtype, stddev=c.initializer_range
         )
-        x = jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype)
+        x = checkpoint_name(jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype), "mtp_in")
         block = Block(c, moe=isinstance(c.ffn, MoE) and c.num_moe_layers > 0, name="block")
         x, stats = block(x, context.replace(valid=valid_BT))
         out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)

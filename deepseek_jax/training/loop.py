@@ -95,12 +95,13 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
                 state, metrics = train_step(state, place_batch(next(batches), mesh))
                 step += 1
                 last = step == config.steps
-                if step % config.log_every == 0 or last:
+                evaluated = last or (config.eval_every and step % config.eval_every == 0)
+                if step % config.log_every == 0 or evaluated:
                     line = _line(metrics)  # waits for the device
                     now = time.perf_counter()
                     line["tokens_per_second"] = (step - since_step) * tokens_per_step / (now - since)
                     line = {"step": step, "tokens": step * tokens_per_step, **line}
-                    if last or (config.eval_every and step % config.eval_every == 0):
+                    if evaluated:
                         line |= evaluate(state)
                     log.write(line)
                     bar.update(step, {"loss": line["loss"], "tok/s": line["tokens_per_second"]})
@@ -124,11 +125,11 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
 def _line(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics of a step as numbers and lists; the multi-token loss is the mean over depths."""
     line = jax.tree.map(np.asarray, metrics)
-    depths = line.pop("mtp_loss")
+    depths = line.pop("loss_mtp")
     if depths.size:
-        line["mtp_loss"] = depths.mean()
+        line["loss_mtp"] = depths.mean()
         if depths.size > 1:
-            line["mtp_loss_by_depth"] = depths
+            line["loss_mtp_by_depth"] = depths
     return {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in line.items()}
 
 
@@ -146,7 +147,7 @@ def _plots(metrics: list[dict[str, Any]], folder: Path, first_moe_layer: int) ->
     if not any("loss" in line for line in metrics):
         return []
     plots = [loss_curve(metrics, folder / "loss.png")]
-    if any("router_load" in line for line in metrics):
+    if any(line.get("router") for line in metrics):
         plots.append(router_heatmap(metrics, folder / "router.png", first_layer=first_moe_layer))
     return plots
 

@@ -45,20 +45,21 @@ def make_train_step(config: RunConfig) -> TrainStep:
             router = update_router(router, losses.router, config.bias_update_speed)
         metrics = {
             "loss": total,
-            "main_loss": losses.main,
-            "mtp_loss": losses.mtp,
-            "balance_loss": losses.balance,
+            "loss_main": losses.main,
+            "loss_mtp": losses.mtp,
+            "loss_balance": losses.balance,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": learning_rate(config.schedule, config.steps, state.step),
+            "router": {
+                name: {
+                    "load": stats.load,
+                    "max_violation": max_violation(stats.load),
+                    "entropy": stats.entropy / config.accumulation,
+                    "dropped": stats.dropped / jnp.maximum(stats.load.sum(axis=-1), 1),
+                }
+                for name, stats in losses.router.items()
+            },
         }
-        if losses.router:
-            stats = losses.router
-            metrics["router_load"] = {name: s.load for name, s in stats.items()}
-            metrics["max_violation"] = {name: max_violation(s.load) for name, s in stats.items()}
-            metrics["router_entropy"] = {name: s.entropy / config.accumulation for name, s in stats.items()}
-            metrics["dropped_share"] = {
-                name: s.dropped / jnp.maximum(s.load.sum(axis=-1), 1) for name, s in stats.items()
-            }
         new = TrainState(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), router=router, opt_state=opt_state
         )

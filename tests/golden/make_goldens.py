@@ -81,9 +81,9 @@ CASES = {
     },
     "deepseek_v2_lite": DEEPSEEK_V2 | {
         "hidden_size": 36, "intermediate_size": 60, "moe_intermediate_size": 14, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 61, "q_lora_rank": None, "max_position_embeddings": 40960,
-        "kv_lora_rank": 18, "qk_nope_head_dim": 12, "qk_rope_head_dim": 16, "v_head_dim": 10,
-        "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 61, "q_lora_rank": None,
+        "max_position_embeddings": 40960, "kv_lora_rank": 18, "qk_nope_head_dim": 12, "qk_rope_head_dim": 16,
+        "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
         "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         "rope_scaling": {
             "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
@@ -164,7 +164,11 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             shapes[f"{attention}.o_proj.weight"] = (hidden, heads * value)
         else:
             head_dim = hidden // heads
-            for name, count in (("q", heads), ("k", config["num_key_value_heads"]), ("v", config["num_key_value_heads"])):
+            for name, count in (
+                ("q", heads),
+                ("k", config["num_key_value_heads"]),
+                ("v", config["num_key_value_heads"]),
+            ):
                 shapes[f"{attention}.{name}_proj.weight"] = (count * head_dim, hidden)
                 if config["model_type"] == "qwen2":
                     shapes[f"{attention}.{name}_proj.bias"] = (count * head_dim,)
@@ -322,7 +326,10 @@ def main(names: list[str]) -> None:
         spread = np.abs(result["logits"]).max()
         apart = np.abs(single["logits"] - result["logits"]).max() / spread
         size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{name:28s} {size / 1024:6.0f} KiB  |logits| <= {spread:.2f}  float32 apart {apart:.1e}  margin {margin:.1e}  seed {seed}")
+        print(
+            f"{name:28s} {size / 1024:6.0f} KiB  |logits| <= {spread:.2f}  float32 apart {apart:.1e}  "
+            f"margin {margin:.1e}  seed {seed}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ class LayerRecord:
     choices: list[list[Choice]] = field(default_factory=list)
     load: np.ndarray | None = None
     losses: list[dict[str, float]] = field(default_factory=list)
+    sequences: int = 0
+    """Those that hold a counted token."""
     dropped: int = 0
 
 
@@ -61,6 +63,7 @@ def block(p, bias, x, positions, segments, counted, config, is_moe, dropping, re
     record.choices.append(choices)
     record.load = loads if record.load is None else record.load + loads
     record.losses.append(sequence_losses(choices, counted, config.ffn))
+    record.sequences += any(counted)
     if kept is not None:
         record.dropped += int(loads.sum()) - len(kept)
     return h + out

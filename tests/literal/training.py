@@ -51,13 +51,17 @@ def shifted_loss(logits, tokens, shift, segment_ids=None, loss_mask=None):
     return total / count if count else 0.0
 
 
-def balance_loss(records, sequences_counted):
-    """Sum over routers and kinds of the mean over sequences that hold a counted token."""
+def balance_loss(records):
+    """Sum over routers and kinds of the mean over the sequences that hold a counted token.
+
+    Reading: the papers average over the sequences of a batch; a multi-token module's router is one more layer, its
+    balance loss not scaled by λ/D.
+    """
     total = 0.0
     for layers in records.values():
         for layer in layers:
             for losses in layer.losses:
-                total += sum(losses.values()) / sequences_counted
+                total += sum(losses.values()) / max(layer.sequences, 1)
     return total
 
 
@@ -81,15 +85,13 @@ def multi_step_rate(step, peak, warmup, total, milestones):
     """LLM paper, section 2.3: linear warm-up to the peak, then the peak times the factor of the last milestone passed.
 
     Args:
-        step: steps taken before this one, from 0. Warm-up gives step / warmup of the peak ("from 0").
+        step: steps taken before this one, from 0. Reading: step n of warm-up, from 1, takes n / warmup of the peak.
         peak: maximum rate.
         warmup: steps of warm-up.
         total: all steps.
         milestones: (share of all steps, factor on the peak), e.g. ((0.8, 0.316), (0.9, 0.1)).
     """
-    if step < warmup:
-        return peak * step / warmup
-    factor = 1.0
+    factor = min((step + 1) / warmup, 1.0) if warmup else 1.0
     for share, value in milestones:
         if step >= share * total:
             factor = value

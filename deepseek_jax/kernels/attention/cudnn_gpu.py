@@ -6,6 +6,7 @@ private: its arguments are passed by keyword, those that jax 0.10.2, 0.11.2 and 
 """
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.types import Array
 
@@ -46,6 +47,8 @@ def supports(
         return f"cuDNN takes query heads in equal groups, not N={N} over K={K}"
     if causal and q_BTNH.shape[1] != k_BSKH.shape[1]:
         return f"cuDNN's causal mask is by index here: T={q_BTNH.shape[1]} must be S={k_BSKH.shape[1]}"
+    if not causal and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
+        return f"jax takes cuDNN's gradient at even lengths only, not T={q_BTNH.shape[1]}, S={k_BSKH.shape[1]}"
     capability, version = _gpu()
     if capability is None:
         return "there is no NVIDIA GPU"
@@ -81,7 +84,11 @@ def cudnn(
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     del q_segment_ids, kv_segment_ids
-    return fused.dot_product_attention(
+    T = q_BTNH.shape[1]
+    if T % 2:
+        # jax refuses the gradient at odd lengths. Under the causal mask no row of these sees the key that is added.
+        q_BTNH, k_BSKH, v_BSKV = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKV))
+    out = fused.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKV,
@@ -89,6 +96,7 @@ def cudnn(
         mask_type=fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK,
         qkv_layout="BTNH",
     )
+    return out[:, :T]
 
 
 def _gpu() -> tuple[tuple[int, int] | None, int | None]:

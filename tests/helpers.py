@@ -1,0 +1,57 @@
+"""Small models with weights at which everything matters, and comparisons."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import deepseek_jax as dsj
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.training import MultiStep, RunConfig
+
+
+def micro(kind: str, **fields: Any) -> ModelConfig:
+    """`deepseek-<kind>-micro` with fields replaced."""
+    return replace(dsj.get_config(f"deepseek-{kind}-micro"), **fields)
+
+
+def random_variables(config: ModelConfig, seed: int = 0, scale: float = 0.15) -> Any:
+    """Variables with every leaf random: norms away from 1, biases away from 0, logits that differ."""
+    shapes = jax.eval_shape(dsj.DeepSeek(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def one(key: jax.Array, path: Any, leaf: Any) -> jax.Array:
+        name = path[-1].key
+        noise = jax.random.normal(key, leaf.shape, leaf.dtype)
+        return 1 + 0.3 * noise if name == "scale" else (0.1 if name == "bias" else scale) * noise
+
+    return jax.tree.unflatten(tree, [one(key, path, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)])
+
+
+def random_tokens(config: ModelConfig, shape: tuple[int, int], seed: int = 1) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size)
+
+
+def run_config(model: ModelConfig, **fields: Any) -> RunConfig:
+    """A short run of `model`; its data is never read by the step tests."""
+    defaults: dict[str, Any] = dict(
+        schedule=MultiStep(peak=1e-2, warmup_steps=2), steps=20, batch_size=8, seq_len=16, loss_chunk=8,
+        data=DataConfig(vocab_size=model.vocab_size if model.vocab_size > 300 else 4096, tokenizer="unused"),
+    )  # fmt: skip
+    return RunConfig(model=model, **(defaults | fields))
+
+
+def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.0) -> None:
+    """Every leaf within `rtol` of its own largest value."""
+    flat_actual, tree_actual = jax.tree_util.tree_flatten_with_path(actual)
+    flat_expected, tree_expected = jax.tree_util.tree_flatten_with_path(expected)
+    assert tree_actual == tree_expected
+    for (path, a), (_, e) in zip(flat_actual, flat_expected, strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        bound = atol + rtol * max(np.abs(e).max(initial=0), 1e-30)
+        difference = np.abs(a - e).max(initial=0)
+        assert difference <= bound, f"{jax.tree_util.keystr(path)}: {difference:.3g} > {bound:.3g}"

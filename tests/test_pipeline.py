@@ -1,0 +1,120 @@
+"""Windows and batches: every token once, shuffled anew each epoch, shared between processes, resumed without replay."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data.pipeline import TokenSource, batches, held_out_batches
+
+
+def test_windows_make_every_token_a_target_once():
+    source = TokenSource(np.arange(100, 150, dtype=np.uint16), 8)
+    assert len(source) == 6 and source[0]["tokens"].dtype == np.int32
+    targets = np.concatenate([source[i]["tokens"][1:] for i in range(len(source))])
+    np.testing.assert_array_equal(targets, np.arange(101, 149))
+    with pytest.raises(IndexError):
+        source[6]
+
+
+@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
+def test_held_out_windows_cover_every_token_once(n):
+    source = TokenSource(np.arange(100, 100 + n, dtype=np.uint16), 8, pad_last=True)
+    assert len(source) == -(-(n - 1) // 8), "a window without a target"
+    found = list(held_out_batches(source, 4))
+    assert all(batch["tokens"].shape == (4, 9) for batch in found)
+    tokens_BT = np.concatenate([batch["tokens"] for batch in found])
+    real_BT = np.concatenate([batch["segment_ids"] for batch in found]) > 0
+    np.testing.assert_array_equal(tokens_BT[:, 1:][real_BT[:, 1:]], np.arange(101, 100 + n))
+
+
+def test_held_out_batches_are_shared_between_processes():
+    source = TokenSource(np.arange(100, dtype=np.uint16), 8, pad_last=True)
+    whole = list(held_out_batches(source, 4, max_batches=2))
+    shares = [list(held_out_batches(source, 4, max_batches=2, process_index=i, process_count=2)) for i in range(2)]
+    assert len(whole) == 2
+    for number, batch in enumerate(whole):
+        joined = np.concatenate([share[number]["tokens"] for share in shares])
+        np.testing.assert_array_equal(joined, batch["tokens"])
+    with pytest.raises(ValueError, match="build it with pad_last=True"):
+        held_out_batches(TokenSource(np.arange(100), 8), 4)
+
+
+def test_segment_ids_count_documents_and_leave_padding_zero():
+    stored = np.array([0, 5, 1, 0, 6, 7, 1, 0, 8, 1], np.uint16)  # BOS is 0, EOS is 1
+    source = TokenSource(stored, 6, eos_id=1, cross_document_attention=False, pad_last=True)
+    assert source[0]["segment_ids"].tolist() == [1, 1, 1, 2, 2, 2, 2]
+    assert source[1]["segment_ids"].tolist() == [1, 2, 2, 2, 0, 0, 0]
+    assert "segment_ids" not in TokenSource(stored, 6, eos_id=1)[0]
+
+
+def test_batches_shuffle_each_epoch_anew_and_miss_nothing():
+    source = TokenSource(np.arange(1 + 10 * 4), 4)  # 10 windows, known by their first token
+    iterator = batches(source, 4, seed=3)
+    first = np.concatenate([next(iterator)["tokens"] for _ in range(10)])[:, 0] // 4  # 4 epochs
+    epochs = first.reshape(4, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()} | {tuple(range(10))}) == 5
+    again = batches(source, 4, seed=3, threads=1, prefetch=1)
+    np.testing.assert_array_equal(np.concatenate([next(again)["tokens"] for _ in range(10)])[:, 0] // 4, first)
+    other = batches(source, 10, seed=4)
+    assert (next(other)["tokens"][:, 0] // 4).tolist() != epochs[0].tolist()
+
+
+def test_processes_share_one_global_batch():
+    source = TokenSource(np.arange(1 + 50 * 4), 4)
+    whole = batches(source, 6, seed=0)
+    shares = [batches(source, 6, seed=0, process_index=i, process_count=3) for i in range(3)]
+    for _ in range(12):
+        joined = np.concatenate([next(share)["tokens"] for share in shares])
+        np.testing.assert_array_equal(joined, next(whole)["tokens"])
+    assert whole.get_state() == shares[2].get_state()
+
+
+def test_restored_iterator_goes_on_bit_for_bit():
+    source = TokenSource(np.random.default_rng(0).integers(0, 300, 2000), 16)
+    iterator = batches(source, 8, seed=1)
+    for stop in (0, 1, 7, 23):
+        while iterator.get_state()["next_index"] < stop:
+            next(iterator)
+        state = json.loads(json.dumps(iterator.get_state()))
+        expected = [next(iterator)["tokens"] for _ in range(5)]
+        fresh = batches(source, 8, seed=1)
+        next(fresh)  # what was read ahead must not leak through
+        fresh.set_state(state)
+        for batch in expected:
+            np.testing.assert_array_equal(next(fresh)["tokens"], batch)
+
+
+def test_restoring_replays_nothing():
+    reads = []
+
+    class Counting(TokenSource):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    iterator = batches(Counting(np.arange(1000), 8), 4, seed=0, threads=1, prefetch=1)
+    iterator.set_state({"next_index": 10_000_000})
+    next(iterator)
+    assert len(reads) <= 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("error", "make"),
+    [
+        ("the train split has 8 tokens, .*seq_len=8 needs 9", lambda: TokenSource(np.arange(8), 8, name="train")),
+        ("seq_len=0", lambda: TokenSource(np.arange(8), 0)),
+        ("eos_id=None", lambda: TokenSource(np.arange(9), 8, cross_document_attention=False)),
+        ("batch_size=5: must be a positive multiple of process_count=2", lambda: small_batches(5, process_count=2)),
+        ("process_index=2", lambda: small_batches(4, process_index=2, process_count=2)),
+        ("seed=-1", lambda: small_batches(4, seed=-1)),
+    ],
+)
+def test_pipeline_errors(error, make):
+    with pytest.raises(ValueError, match=error):
+        make()
+
+
+def small_batches(batch_size, seed=0, **options):
+    return batches(TokenSource(np.arange(100), 8), batch_size, seed, **options)
