@@ -12,9 +12,9 @@ from deepseek_jax.training import MultiStep, RunConfig
 def get_config() -> RunConfig:
     return RunConfig(
         model=model("deepseek-v3-nano"),
-        data=DataConfig(source="python-stdlib", vocab_size=4096),
-        schedule=MultiStep(peak=3e-3, warmup_steps=30),
-        steps=300,
+        data=DataConfig(source="python-stdlib", vocab_size=2048, max_bytes=12_000_000),
+        schedule=MultiStep(peak=3e-3, warmup_steps=20),
+        steps=150,
         batch_size=16,
         seq_len=256,
         bias_update_speed=0.003,

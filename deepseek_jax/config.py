@@ -121,9 +121,7 @@ class MLA:
     v_head_dim: int
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
-        )
+        _positive(self, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         if self.q_lora_rank is not None:
             require(
                 self.q_lora_rank > 0, "MLA", "q_lora_rank", self.q_lora_rank,
@@ -278,7 +276,9 @@ class ModelConfig:
             value = getattr(self, field)
             if value is not None:
                 check(0 <= value < self.vocab_size, field, f"must be a token id below vocab_size = {self.vocab_size}")
-        names = {field.name for part in (self, self.attention, self.ffn, self.rope) for field in dataclasses.fields(part)}
+        names = {
+            field.name for part in (self, self.attention, self.ffn, self.rope) for field in dataclasses.fields(part)
+        }
         for name in self.assumed:
             check(name in names, "assumed", f"{name!r} is no field of this configuration")
 

@@ -21,8 +21,12 @@ def target() -> Platform:
         return chosen
     import jax
 
-    backend = jax.default_backend()
-    return cast(Platform, {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend))
+    return of_backend(jax.default_backend())
+
+
+def of_backend(name: str) -> Platform:
+    """Platform of a jax backend or device, by its name."""
+    return cast(Platform, {"cuda": "gpu", "rocm": "gpu"}.get(name, name))
 
 
 @contextlib.contextmanager

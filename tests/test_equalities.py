@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from helpers import assert_trees_close, micro, random_tokens, random_variables, run_config
+from jax.extend.core import jaxprs_in_params
 
 import deepseek_jax as dsj
 from deepseek_jax.kernels.attention import attention
@@ -192,5 +192,7 @@ def test_chunked_loss_equals_full(chunk):
 def test_chunked_loss_never_holds_the_logits():
     hidden, w, targets = jnp.ones((2, 64, 4)), jnp.ones((4, 100)), jnp.zeros((2, 64), jnp.int32)
     gradient = jax.grad(lambda h, w: cross_entropy_sum(h, w, targets, jnp.ones((2, 64)), 8), (0, 1))
-    sizes = [np.prod(v.aval.shape) for eqn in _equations(jax.make_jaxpr(gradient)(hidden, w).jaxpr) for v in eqn.outvars]
+    sizes = [
+        np.prod(v.aval.shape) for eqn in _equations(jax.make_jaxpr(gradient)(hidden, w).jaxpr) for v in eqn.outvars
+    ]
     assert max(sizes) < 2 * 64 * 100

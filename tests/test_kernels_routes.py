@@ -153,6 +153,8 @@ def test_mosaic_says_why_not(monkeypatch):
     assert mosaic_gpu.supports(abstract((300, 128)), abstract((4, 128, 192)), sizes) is None
     assert "multiples of 64" in mosaic_gpu.supports(abstract((300, 96)), abstract((4, 96, 192)), sizes)
     assert "float32" in mosaic_gpu.supports(abstract((8, 64), "float32"), abstract((4, 64, 64), "float32"), sizes)
+    with jax.enable_x64(True):
+        assert "jax_enable_x64" in mosaic_gpu.supports(abstract((300, 128)), abstract((4, 128, 192)), sizes)
     Device.compute_capability = "8.0"
     assert "8.0" in mosaic_gpu.supports(abstract((300, 128)), abstract((4, 128, 192)), sizes)
 
@@ -178,6 +180,16 @@ def test_cudnn_lowers_for_cuda(monkeypatch):
     d = abstract((2, T, 8, 128))
     assert lower_for_cuda(run, q, k, v, d).count("__cudnn$fmhaSoftmax") == 2
     assert cudnn_gpu.PRIMITIVE in str(jax.make_jaxpr(run)(q, k, v, d))
+
+    # A policy that saves that primitive's outputs spares the backward pass the forward kernel.
+    def policy(primitive, *_, **__):
+        return primitive.name == cudnn_gpu.PRIMITIVE
+
+    def remat(q, k, v):
+        return jax.checkpoint(lambda *x: cudnn_gpu.cudnn(*x, scale=0.1), policy=policy)(q, k, v)
+
+    kernels = lower_for_cuda(jax.value_and_grad(lambda *x: remat(*x).sum()), q, k, v).count("__cudnn$fmhaSoftmax")
+    assert kernels == 2
 
 
 def test_mosaic_lowers_for_cuda(monkeypatch):

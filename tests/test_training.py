@@ -135,9 +135,9 @@ def test_decay_leaves_norms_and_biases_out():
 
 def test_mesh_errors_carry_the_numbers():
     with pytest.raises(ValueError, match=r"tensor 3.* = 3 devices, but there are 8"):
-        MeshConfig(data=1, tensor=3).degrees(8)
+        MeshConfig(data=1, tensor=3).resolved(8)
     with pytest.raises(ValueError, match="3 does not divide the 8 devices"):
-        MeshConfig(tensor=3).degrees(8)
+        MeshConfig(tensor=3).resolved(8)
     run = run_config(micro("llm-gqa"))
     with pytest.raises(ValueError, match=r"w_k.*'kv_heads' of 2 is not divisible by tensor = 4"):
         init_state(run, make_mesh(MeshConfig(tensor=4)))

@@ -79,9 +79,7 @@ def affinity_entropy(scores_BTE: Array, valid_BT: Array) -> Array:
     return (entropy_BT * valid_BT).sum() / jnp.maximum(valid_BT.sum(), 1)
 
 
-def within_capacity(
-    weights_BTX: Array, indices_BTX: Array, valid_BT: Array, exempt_B: Array, config: MoE
-) -> Array:
+def within_capacity(weights_BTX: Array, indices_BTX: Array, valid_BT: Array, exempt_B: Array, config: MoE) -> Array:
     """V2's token dropping (section 2.2.4): bool [B, T, X], the token-expert pairs that are computed.
 
     In each sequence a device group has a budget of capacity_factor · T · K / n_group pairs; those with the lowest

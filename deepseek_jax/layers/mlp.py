@@ -1,5 +1,7 @@
 """SwiGLU feed-forward (Shazeer 2020): down(silu(gate(x)) ∘ up(x)). Dense layers and shared experts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -30,7 +32,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         D, F = x_BTD.shape[-1], self.intermediate_size
-        kwargs = dict(dtype=self.param_dtype, stddev=self.stddev)
+        kwargs: dict[str, Any] = dict(dtype=self.param_dtype, stddev=self.stddev)
         w_gate = weight(self, "w_gate", (D, F), ("embed", "ffn"), **kwargs)
         w_up = weight(self, "w_up", (D, F), ("embed", "ffn"), **kwargs)
         w_down = weight(self, "w_down", (F, D), ("ffn", "embed"), **kwargs)

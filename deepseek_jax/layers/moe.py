@@ -3,6 +3,8 @@
 Shared experts are one SwiGLU of width n_shared_experts · moe_intermediate_size, as in the published checkpoints.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -27,7 +29,7 @@ class MoELayer(nn.Module):
     def __call__(self, x_BTD: Array, context: Context) -> tuple[Array, RouterStats]:
         """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`, and this layer's statistics without the layer dim."""
         c, (B, T, D) = self.config, x_BTD.shape
-        kwargs = dict(param_dtype=self.param_dtype, stddev=self.stddev)
+        kwargs: dict[str, Any] = dict(param_dtype=self.param_dtype, stddev=self.stddev)
         scores, indices, weights = Router(c, name="router", **kwargs)(x_BTD)
         dropped = jnp.zeros((), scores.dtype)
         if context.exempt is not None and c.capacity_factor is not None:

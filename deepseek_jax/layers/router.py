@@ -6,6 +6,8 @@ for the selection alone; groups are ranked by the sum of their two best biased a
 affinities of the chosen, normalised among them and scaled.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,9 +24,7 @@ def affinities(x_BTD: Array, w_DE: Array, scoring_func: str) -> Array:
     """s_i,t of every token and expert, [B, T, E], in float32 or wider whatever the compute dtype."""
     wide = at_least_float32(x_BTD.dtype)
     # Full precision: a rounded logit picks another expert, and devices round their default products differently.
-    logits_BTE = jnp.einsum(
-        "btd,de->bte", x_BTD.astype(wide), w_DE.astype(wide), precision=lax.Precision.HIGHEST
-    )
+    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(wide), w_DE.astype(wide), precision=lax.Precision.HIGHEST)
     logits_BTE = checkpoint_name(logits_BTE, "router_logits")
     return jax.nn.sigmoid(logits_BTE) if scoring_func == "sigmoid" else jax.nn.softmax(logits_BTE, axis=-1)
 
@@ -76,7 +76,10 @@ class Router(nn.Module):
         bias = None
         if c.topk_method == "noaux_tc":
             dtype = at_least_float32(self.param_dtype)
-            bias = self.variable("router", "bias", lambda: Weight(jnp.zeros(c.n_routed_experts, dtype), ("router",))).value
+            box: Any = self.variable(
+                "router", "bias", lambda: Weight(jnp.zeros(c.n_routed_experts, dtype), ("router",))
+            )
+            bias = box.value
         scores = affinities(x_BTD, w, c.scoring_func)
         indices = select_experts(scores, bias, c)
         return scores, indices, gate_weights(scores, indices, c)

@@ -1,5 +1,7 @@
 """How every parameter is declared: one line gives name, shape, logical axes, initial value and storage dtype."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
@@ -24,9 +26,9 @@ def weight(
     """
     if (stddev is None) == (constant is None):
         raise ValueError(f"parameter {name}: give either stddev or constant")
-    create = initializers.normal(stddev) if stddev is not None else initializers.constant(constant)
+    create = initializers.normal(stddev) if stddev is not None else initializers.constant(constant or 0.0)
 
-    def boxed(key: Array) -> Weight:
+    def boxed(key: Array) -> Any:  # linen takes the box off, so what `param` returns is the array
         return Weight(create(key, shape, jnp.dtype(dtype)), axes)
 
     return module.param(name, boxed)

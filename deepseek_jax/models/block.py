@@ -7,7 +7,8 @@ from flax import linen as nn
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import GQA, Dense, MoE, ModelConfig
+from deepseek_jax.config import GQA, Dense, ModelConfig, MoE
+from deepseek_jax.kernels.attention import cudnn_gpu
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.gqa import GQAttention
 from deepseek_jax.layers.mla import MLAttention
@@ -55,7 +56,11 @@ def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Modu
         return module
     policy = None
     if config.remat == "v3":
-        policy = jax.checkpoint_policies.save_only_these_names(*V3_SAVED)
+        # cuDNN's attention keeps its results unnamed: they are known by the primitive that makes them.
+        policy = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.save_only_these_names(*V3_SAVED),
+            lambda primitive, *_, **__: primitive.name == cudnn_gpu.PRIMITIVE,
+        )
     # A scanned body cannot be merged with its recomputation by the compiler, so the costly barrier is left out.
     return nn.remat(module, policy=policy, prevent_cse=not config.scan_layers)
 

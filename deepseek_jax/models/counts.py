@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import MoE, ModelConfig
+from deepseek_jax.config import ModelConfig, MoE
 from deepseek_jax.models.transformer import DeepSeek
 
 

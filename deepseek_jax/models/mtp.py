@@ -1,10 +1,12 @@
 """Multi-token prediction (V3, section 2.2): module k sees the state of depth k − 1 and the embedding of token i + k."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import MoE, ModelConfig
+from deepseek_jax.config import ModelConfig, MoE
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
@@ -34,6 +36,6 @@ class MTPModule(nn.Module):
         )
         x = checkpoint_name(jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype), "mtp_in")
         block = Block(c, moe=isinstance(c.ffn, MoE) and c.num_moe_layers > 0, name="block")
-        x, stats = block(x, context.replace(valid=valid_BT))
+        x, stats = block(x, replace(context, valid=valid_BT))
         out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)
         return out, (out, stats)

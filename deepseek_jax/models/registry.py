@@ -6,6 +6,7 @@ V3 (2412.19437), Coder, Math and R1 with their published config.json. What a pap
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from deepseek_jax.config import (
     GQA,
@@ -13,13 +14,13 @@ from deepseek_jax.config import (
     Dense,
     LinearScaling,
     Llama3Scaling,
-    MoE,
     ModelConfig,
+    MoE,
     Rope,
     YarnScaling,
 )
 
-_LLM = dict(vocab_size=102400, max_position_embeddings=4096, bos_token_id=100000, eos_token_id=100001)
+_LLM: dict[str, Any] = dict(vocab_size=102400, max_position_embeddings=4096, bos_token_id=100000, eos_token_id=100001)
 
 
 def _dense(
@@ -64,13 +65,13 @@ def _moe(name: str, layers: int, hidden: int, heads: int, ffn: MoE, **fields) ->
 
 
 def _latent_rope(mscale: float) -> Rope:
-    scaling = YarnScaling(
-        factor=40.0, original_max_position_embeddings=4096, mscale=mscale, mscale_all_dim=mscale
-    )
+    scaling = YarnScaling(factor=40.0, original_max_position_embeddings=4096, mscale=mscale, mscale_all_dim=mscale)
     return Rope(interleaved=True, scaling=scaling)
 
 
-def _latent(name: str, layers: int, hidden: int, heads: int, q_rank: int | None, ffn: MoE, rope: Rope, **fields) -> ModelConfig:
+def _latent(
+    name: str, layers: int, hidden: int, heads: int, q_rank: int | None, ffn: MoE, rope: Rope, **fields
+) -> ModelConfig:
     """A member with MLA, at its published 160K positions."""
     return ModelConfig(
         name=name,
@@ -145,7 +146,9 @@ def _moe_145b(name: str) -> ModelConfig:
     return _moe(name, 62, 4096, 32, ffn, assumed=assumed)
 
 
-def _qwen(name: str, layers: int, hidden: int, heads: int, kv_heads: int, width: int, vocab: int, theta: float, eps: float) -> ModelConfig:
+def _qwen(
+    name: str, layers: int, hidden: int, heads: int, kv_heads: int, width: int, vocab: int, theta: float, eps: float
+) -> ModelConfig:
     return _dense(
         name, layers, hidden, heads, kv_heads, width, Rope(theta=theta), vocab_size=vocab, rms_norm_eps=eps,
         max_position_embeddings=131072, bos_token_id=151646, eos_token_id=151643, qkv_bias=True,
@@ -207,7 +210,7 @@ _KINDS = {
 
 def _shrink(member: ModelConfig, name: str, *, nano: bool) -> ModelConfig:
     """The twin: same parts, gates and losses, small sizes, float32 compute, 4,096-token original context cut alike."""
-    width, layers, vocab, context = (128, 4, 4096, 1024) if nano else (32, 3, 256, 128)
+    width, layers, vocab, context = (128, 3, 2048, 1024) if nano else (32, 3, 256, 128)
     attention, ffn, rope = member.attention, member.ffn, member.rope
     head = width // 4
     if isinstance(attention, GQA):

@@ -1,12 +1,12 @@
 """The model: embedding, leading dense layers, MoE layers, final norm, head, multi-token prediction modules."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deepseek_jax.config import GQA, MoE, ModelConfig
+from deepseek_jax.config import GQA, ModelConfig, MoE
 from deepseek_jax.layers.balance import exempt_sequences
 from deepseek_jax.layers.context import Context, valid_after_shift
 from deepseek_jax.layers.embedding import Embedding, Head, logits
@@ -41,6 +41,10 @@ class DeepSeek(nn.Module):
             self.head_weight = Head(c.vocab_size, c.hidden_size, name="head", **kwargs)
         if c.num_nextn_predict_layers:
             self.mtp = stacked(MTPModule, c, c.num_nextn_predict_layers, (0, 0, nn.broadcast))(c)
+
+    if TYPE_CHECKING:  # linen's own annotation allows for a tuple, which only `mutable` gives
+
+        def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,9 +112,7 @@ class DeepSeek(nn.Module):
     def _no_depth(self, tokens: Array) -> Array:
         return jnp.zeros((0, *tokens.shape, self.config.vocab_size), jnp.promote_types(self.config.dtype, jnp.float32))
 
-    def _context(
-        self, tokens: Array, positions: Array | None, segment_ids: Array | None, train: bool
-    ) -> Context:
+    def _context(self, tokens: Array, positions: Array | None, segment_ids: Array | None, train: bool) -> Context:
         c = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
@@ -127,13 +129,15 @@ class DeepSeek(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         rotated = c.attention.head_dim if isinstance(c.attention, GQA) else c.attention.qk_rope_head_dim
         cos, sin = rope_tables(c.rope, rotated, positions, c.dtype)
-        drops = train and isinstance(c.ffn, MoE) and c.ffn.capacity_factor is not None
+        exempt = None
+        if train and isinstance(c.ffn, MoE) and c.ffn.capacity_factor is not None:
+            exempt = exempt_sequences(tokens, c.ffn.capacity_exempt_share)
         return Context(
             cos=cos,
             sin=sin,
             segment_ids=segment_ids,
             valid=jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0,
-            exempt=exempt_sequences(tokens, c.ffn.capacity_exempt_share) if drops else None,
+            exempt=exempt,
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -32,7 +33,7 @@ class MeshConfig:
         if sum(degree == -1 for degree in degrees.values()) > 1:
             raise ValueError(f"MeshConfig {degrees}: only one degree may be -1")
 
-    def degrees(self, devices: int) -> dict[str, int]:
+    def resolved(self, devices: int) -> dict[str, int]:
         """Axis name -> degree, with -1 resolved for this many devices.
 
         Raises:
@@ -46,14 +47,16 @@ class MeshConfig:
                 raise ValueError(f"mesh {said}: {fixed} does not divide the {devices} devices")
             return {name: devices // fixed if degree == -1 else degree for name, degree in degrees.items()}
         if fixed != devices:
-            raise ValueError(f"mesh {said} = {fixed} devices, but there are {devices}: change a degree or set one to -1")
+            raise ValueError(
+                f"mesh {said} = {fixed} devices, but there are {devices}: change a degree or set one to -1"
+            )
         return degrees
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh over `devices` (all of them by default) with every axis of `MeshConfig`, axis types Auto."""
     devices = jax.devices() if devices is None else list(devices)
-    degrees = config.degrees(len(devices))
+    degrees = config.resolved(len(devices))
     # Auto, since linen modules and sharding constraints do not work under make_mesh's default, Explicit.
     return jax.make_mesh(
         tuple(degrees.values()), tuple(degrees), devices=devices, axis_types=(AxisType.Auto,) * len(degrees)
@@ -63,6 +66,5 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
     """Make `mesh` the ambient one, and trace kernels for its devices' platform."""
-    kind = mesh.devices.flat[0].platform
-    with platform.compile_for({"cuda": "gpu", "rocm": "gpu"}.get(kind, kind)), jax.set_mesh(mesh):
+    with platform.compile_for(platform.of_backend(mesh.devices.flat[0].platform)), jax.set_mesh(mesh):
         yield mesh

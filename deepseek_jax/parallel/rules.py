@@ -6,6 +6,7 @@ own rules replicate or drop in silence.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -53,23 +54,25 @@ class Weight(meta.AxisMetadata[Any]):
         return self.value
 
     def replace_boxed(self, val: Any) -> "Weight":
-        return self.replace(value=val)
+        return replace(self, value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Weight":
         names = list(self.names)
         names.insert(index, params[meta.PARTITION_NAME])
-        return self.replace(names=tuple(names))
+        return replace(self, names=tuple(names))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Weight":
         names = list(self.names)
         del names[index]
-        return self.replace(names=tuple(names))
+        return replace(self, names=tuple(names))
 
 
 def unbox(tree: Any) -> Any:
     """Tree with every `Weight` replaced by its array (or abstract array)."""
     return jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, Weight) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, Weight)
+        lambda leaf: leaf.value if isinstance(leaf, Weight) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, Weight),
     )
 
 
@@ -126,7 +129,9 @@ def shard(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, names, x.shape, "activation"))
 
 
-def per_shard(function: Callable[..., jax.Array], in_names: Sequence[Names | None], out_names: Names) -> Callable[..., jax.Array]:
+def per_shard(
+    function: Callable[..., jax.Array], in_names: Sequence[Names | None], out_names: Names
+) -> Callable[..., jax.Array]:
     """`function` run on each shard's local arrays (shard_map); without a mesh, `function` itself.
 
     For kernels that the compiler cannot partition. An argument whose names are None must be None. The function must

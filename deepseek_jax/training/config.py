@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from deepseek_jax.config import MoE, ModelConfig, require
+from deepseek_jax.config import ModelConfig, MoE, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 

@@ -83,9 +83,10 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
         train_step = compile_train_step(config, mesh)
         meta = {"tokens": 0, "data_fingerprint": data.fingerprint}
 
-        with JsonlWriter(run_dir / "metrics.jsonl", resume_step=first) as log, Progress(
-            config.steps, step, shown=progress
-        ) as bar:
+        with (
+            JsonlWriter(run_dir / "metrics.jsonl", resume_step=first) as log,
+            Progress(config.steps, step, shown=progress) as bar,
+        ):
             if first is None:
                 log.write({"step": 0, "tokens": 0, **evaluate(state)})
             elif step < config.steps:

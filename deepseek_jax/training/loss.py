@@ -4,6 +4,7 @@ Every term is a sum over the counted tokens (or sequences) of the *global* batch
 from the whole batch first: accumulation, packing and sharding cannot change it.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +103,7 @@ class Targets(NamedTuple):
     """Bool [1 + depth, B, T]: that token exists, lies in the same document, and is not masked out."""
 
 
-def make_targets(batch: dict[str, Array], depth: int) -> Targets:
+def make_targets(batch: Mapping[str, Any], depth: int) -> Targets:
     """Targets of a batch `{"tokens": [B, T + 1], optional "segment_ids": [B, T + 1], optional "loss_mask": [B, T + 1]}`.
 
     `loss_mask` says of each token whether it is to be learned; segment 0 is padding.
@@ -190,7 +191,9 @@ def loss_parts(
         return cross_entropy_sum(hidden, w_DW, targets.tokens[k], weights, config.loss_chunk) / totals.tokens[k]
 
     main = mean(0, out.hidden)
-    mtp = jnp.stack([mean(k, out.mtp_hidden[k - 1]) for k in range(1, depth + 1)]) if depth else jnp.zeros(0, main.dtype)
+    mtp = (
+        jnp.stack([mean(k, out.mtp_hidden[k - 1]) for k in range(1, depth + 1)]) if depth else jnp.zeros(0, main.dtype)
+    )
     balance = jnp.zeros((), main.dtype)
     for name, stats in out.router.items():
         for loss_LB in stats.balance_loss.values():

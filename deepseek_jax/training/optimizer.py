@@ -10,7 +10,7 @@ from deepseek_jax.training.config import AdamW, MultiStep
 from deepseek_jax.types import Array
 
 
-def learning_rate(schedule: MultiStep, steps: int, step: Array | int) -> Array:
+def learning_rate(schedule: MultiStep, steps: int, step: Any) -> Array:
     """Rate of the update that ends step `step` (counted from 0): linear to the peak, then the factors.
 
     DeepSeek LLM, section 2.3: 2,000 warm-up steps, ×0.316 from 80 % and ×0.1 from 90 % of the run on.

@@ -1,6 +1,7 @@
 """One optimizer step as a pure function of state and batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -86,17 +87,15 @@ def _summed(piece: Callable[[Batch], Any], batch: Batch, accumulation: int) -> A
 def _without_sequences(result: tuple[Any, Array, Losses]) -> tuple[Any, Array, Losses]:
     """Per-sequence values left out: they are in the losses already and do not add up over parts."""
     grads, total, losses = result
-    router = {k: v.replace(balance_loss={}, valid_sequences=jnp.zeros(())) for k, v in losses.router.items()}
-    return grads, total, losses.replace(router=router)
+    router = {k: replace(v, balance_loss={}, valid_sequences=jnp.zeros(())) for k, v in losses.router.items()}
+    return grads, total, replace(losses, router=router)
 
 
 def compile_train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
     """`train_step` jitted for a mesh: shardings of state and batch stated, the old state's memory reused."""
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     # With output shardings unstated, the gradient of a sharded weight comes back replicated.
-    return jax.jit(
-        make_train_step(config), in_shardings=(state, None), out_shardings=(state, None), donate_argnums=0
-    )
+    return jax.jit(make_train_step(config), in_shardings=(state, None), out_shardings=(state, None), donate_argnums=0)
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:

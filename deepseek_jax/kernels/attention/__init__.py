@@ -4,7 +4,7 @@ Routes: `reference` (whole score matrix, the meaning), `blockwise` (online softm
 default), `splash` (Pallas, TPU), `cudnn` (GPU).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from deepseek_jax import platform
 from deepseek_jax.kernels.attention.blockwise import blockwise
@@ -12,6 +12,7 @@ from deepseek_jax.kernels.attention.reference import attention_reference
 from deepseek_jax.types import Array
 
 Implementation = Literal["reference", "blockwise", "splash", "cudnn"]
+_FASTEST: dict[platform.Platform, Implementation] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
 
 
 def attention(
@@ -45,9 +46,11 @@ def attention(
         ValueError: shapes that do not fit, or a named route that does not support the arguments.
     """
     _check(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, causal)
-    kwargs = dict(scale=scale, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, causal=causal)
+    kwargs: dict[str, Any] = dict(
+        scale=scale, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, causal=causal
+    )
     if implementation is None:
-        implementation = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}[platform.target()]
+        implementation = _FASTEST[platform.target()]
         strict = False
     else:
         strict = True

@@ -5,6 +5,8 @@ the same function but refuses values whose head dim differs from the keys', so M
 private: its arguments are passed by keyword, those that jax 0.10.2, 0.11.2 and 0.12 share.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -88,7 +90,7 @@ def cudnn(
     if T % 2:
         # jax refuses the gradient at odd lengths. Under the causal mask no row of these sees the key that is added.
         q_BTNH, k_BSKH, v_BSKV = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKV))
-    out = fused.dot_product_attention(
+    out: Any = fused.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKV,

@@ -7,6 +7,7 @@ rows of padding set to zero, and block sizes.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def splash(
     """
     N = q_BTNH.shape[2]
     mask = _mask(q_BTNH.shape[1], k_BSKH.shape[1], causal)
-    attend = kernel.make_splash_mha(
+    attend: Any = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         block_sizes=block_sizes(q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.dtype.itemsize),
         head_shards=1,

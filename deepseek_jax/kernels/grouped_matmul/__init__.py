@@ -14,6 +14,7 @@ from deepseek_jax.kernels.grouped_matmul.reference import grouped_matmul_referen
 from deepseek_jax.types import Array
 
 Implementation = Literal["reference", "blocks", "ragged_dot", "mosaic_gpu"]
+_FASTEST: dict[platform.Platform, Implementation] = {"tpu": "ragged_dot", "gpu": "mosaic_gpu", "cpu": "blocks"}
 
 
 def grouped_matmul(
@@ -44,7 +45,7 @@ def grouped_matmul(
         raise ValueError(f"grouped_matmul: x is {x_MK.dtype} but w is {w_EKN.dtype}: cast one of them")
     strict = implementation is not None
     if implementation is None:
-        implementation = {"tpu": "ragged_dot", "gpu": "mosaic_gpu", "cpu": "blocks"}[platform.target()]
+        implementation = _FASTEST[platform.target()]
     if implementation == "reference":
         return grouped_matmul_reference(x_MK, w_EKN, group_sizes_E)
     if implementation == "ragged_dot":

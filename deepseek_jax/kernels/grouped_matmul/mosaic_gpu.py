@@ -60,7 +60,7 @@ def supports(x_MK: Array, w_EKN: Array, group_sizes_E: Array) -> str | None:
         return f"the Mosaic kernels take bfloat16 or float16 on both sides, not {x_MK.dtype} and {w_EKN.dtype}"
     if K % 64 or N % 64 or not K or not N or not E or not x_MK.shape[0]:
         return f"the Mosaic kernels take widths that are multiples of 64, and no empty side, not {x_MK.shape}, {w_EKN.shape}"
-    if jax.config.jax_enable_x64:
+    if jnp.result_type(int) != jnp.int32:
         return "the Mosaic kernels count in the default integer, which must be 32 bits: jax_enable_x64 is on"
     try:
         capability = str(jax.local_devices(backend="cuda")[0].compute_capability)
