@@ -79,7 +79,7 @@ def affinity_entropy(scores_BTE: Array, valid_BT: Array) -> Array:
     return (entropy_BT * valid_BT).sum() / jnp.maximum(valid_BT.sum(), 1)
 
 
-def within_capacity(weights_BTX: Array, indices_BTX: Array, valid_BT: Array, exempt_B: Array, config: MoE) -> Array:
+def within_capacity(affinity_BTX: Array, indices_BTX: Array, valid_BT: Array, exempt_B: Array, config: MoE) -> Array:
     """V2's token dropping (section 2.2.4): bool [B, T, X], the token-expert pairs that are computed.
 
     In each sequence a device group has a budget of capacity_factor · T · K / n_group pairs; those with the lowest
@@ -90,14 +90,15 @@ def within_capacity(weights_BTX: Array, indices_BTX: Array, valid_BT: Array, exe
     B, T, X = indices_BTX.shape
     group_BP = (indices_BTX // (config.n_routed_experts // config.n_group)).reshape(B, T * X)
     group_BP = jnp.where(jnp.repeat(valid_BT, X, axis=1), group_BP, config.n_group)  # padding has a group of its own
-    affinity_BP = lax.stop_gradient(weights_BTX).reshape(B, T * X)
+    affinity_BP = lax.stop_gradient(affinity_BTX).reshape(B, T * X)
     order_BP = jnp.lexsort((-affinity_BP, group_BP), axis=-1)  # by group, then by falling affinity; stable
     sorted_group_BP = jnp.take_along_axis(group_BP, order_BP, axis=-1)
     first_BP = jax.vmap(lambda groups: jnp.searchsorted(groups, groups, side="left"))(sorted_group_BP)
     rank_sorted_BP = jnp.arange(T * X)[None] - first_BP
     rank_BP = jnp.take_along_axis(rank_sorted_BP, jnp.argsort(order_BP, axis=-1), axis=-1)
     tokens = valid_BT.sum(axis=1, keepdims=True)
-    budget_B1 = config.capacity_factor * tokens * X / config.n_group
+    # Whole pairs; the small term undoes a product that float32 rounds to just below one.
+    budget_B1 = jnp.floor(config.capacity_factor * tokens * X / config.n_group + 1e-4)
     return ((rank_BP < budget_B1) | exempt_B[:, None]).reshape(B, T, X)
 
 

@@ -33,7 +33,8 @@ class MoELayer(nn.Module):
         scores, indices, weights = Router(c, name="router", **kwargs)(x_BTD)
         dropped = jnp.zeros((), scores.dtype)
         if context.exempt is not None and c.capacity_factor is not None:
-            kept = within_capacity(weights, indices, context.valid, context.exempt, c)
+            affinity = jnp.take_along_axis(scores, indices, axis=-1)
+            kept = within_capacity(affinity, indices, context.valid, context.exempt, c)
             dropped = (~kept & context.valid[..., None]).sum().astype(scores.dtype)
             weights = weights * kept
         experts = Experts(c.n_routed_experts, c.moe_intermediate_size, name="experts", **kwargs)

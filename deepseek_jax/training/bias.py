@@ -13,7 +13,8 @@ def updated_bias(bias_LE: Array, load_LE: Array, speed: float) -> Array:
 
     The load is that of the whole global batch of an optimizer step, and this is called once per step.
     """
-    error_LE = load_LE.mean(axis=-1, keepdims=True) - load_LE
+    # E times the error: a sum of counts is exact, where a rounded mean would move a perfectly balanced layer.
+    error_LE = load_LE.sum(axis=-1, keepdims=True) - load_LE.shape[-1] * load_LE
     return bias_LE + (speed * jnp.sign(error_LE)).astype(bias_LE.dtype)
 
 

@@ -6,7 +6,7 @@ log-sum-exp: dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O)).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def blockwise(
     """
     default = 128 if platform.target() == "cpu" else 512
     B, T, N, H = q_BTNH.shape
-    _, S, K, _ = k_BSKH.shape
+    S, K = k_BSKH.shape[1:3]
     block_q, block_k = min(block_q or default, T), min(block_k or default, S)
     pad_q, pad_k = -T % block_q, -S % block_k
     # Added keys are marked as padding by segment 0, so a mask by segments is there whenever keys were added.
@@ -55,7 +55,7 @@ def blockwise(
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = (_pad(q_segment_ids, pad_q), _pad(kv_segment_ids, pad_k))
-    out = _attend(_Setting(scale, causal, block_q, block_k), q, k, v, segments)
+    out: Any = _attend(_Setting(scale, causal, block_q, block_k), q, k, v, segments)
     return out[:, :T].reshape(B, T, N, -1)
 
 
