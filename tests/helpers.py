@@ -21,19 +21,19 @@ def micro(kind: str, **fields: Any) -> ModelConfig:
 def random_variables(config: ModelConfig, seed: int = 0, scale: float = 0.15) -> Any:
     """Variables with every leaf random: norms away from 1, biases away from 0, logits that differ."""
     shapes = jax.eval_shape(dsj.DeepSeek(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draw = np.random.default_rng(seed)  # numpy: jax would compile a program for every shape
 
-    def one(key: jax.Array, path: Any, leaf: Any) -> jax.Array:
+    def one(path: Any, leaf: Any) -> jax.Array:
         name = path[-1].key
-        noise = jax.random.normal(key, leaf.shape, leaf.dtype)
-        return 1 + 0.3 * noise if name == "scale" else (0.1 if name == "bias" else scale) * noise
+        noise = draw.standard_normal(leaf.shape)
+        value = 1 + 0.3 * noise if name == "scale" else (0.1 if name == "bias" else scale) * noise
+        return jnp.asarray(value, leaf.dtype)
 
-    return jax.tree.unflatten(tree, [one(key, path, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)])
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def random_tokens(config: ModelConfig, shape: tuple[int, int], seed: int = 1) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
 
 
 def run_config(model: ModelConfig, **fields: Any) -> RunConfig:

@@ -16,8 +16,6 @@ from safetensors.numpy import load_file
 import deepseek_jax as dsj
 
 GOLDEN = Path(__file__).parent / "golden"
-RUN_ONCE = {"xla_backend_optimization_level": 0}
-"""Compiler options of a program that runs once: half the time to compile, the same formulas."""
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "config.json").exists())
 
 

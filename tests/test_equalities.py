@@ -133,7 +133,7 @@ def test_scanned_equals_unrolled_and_remat_equals_none(kind):
     config = micro(kind, dtype="float64", param_dtype="float64")
     function, params = _loss_and_gradient(config)
     expected = jax.jit(function)(params)
-    for fields in ({"scan_layers": False}, {"remat": "full"}, {"remat": "v3"}, {"remat": "v3", "scan_layers": False}):
+    for fields in ({"scan_layers": False}, {"remat": "full"}, {"remat": "v3"}):
         other, _ = _loss_and_gradient(replace(config, **fields))
         assert_trees_close(jax.jit(other)(params), expected, rtol=1e-11), fields
 
@@ -144,16 +144,21 @@ def test_stack_equals_a_loop_over_its_layers():
     tokens = random_tokens(config, (2, 12))
     model = dsj.DeepSeek(config)
     params = variables["params"]
-    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
     context = _context(config, (2, 12))
-    for stack, moe, count in (("dense_layers", False, 1), ("moe_layers", True, 2)):
-        for i in range(count):
-            layer = {"params": jax.tree.map(lambda p, i=i: p[i], params[stack])}
-            if moe:
-                layer["router"] = jax.tree.map(lambda p, i=i: p[i], variables["router"][stack])
-            x, _ = Block(config, moe=moe).apply(layer, x, context)
-    x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
-    np.testing.assert_allclose(model.apply(variables, tokens).logits, x @ params["head"]["w"], rtol=1e-10)
+
+    @jax.jit
+    def by_hand():
+        x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+        for stack, moe, count in (("dense_layers", False, 1), ("moe_layers", True, 2)):
+            for i in range(count):
+                layer = {"params": jax.tree.map(lambda p, i=i: p[i], params[stack])}
+                if moe:
+                    layer["router"] = jax.tree.map(lambda p, i=i: p[i], variables["router"][stack])
+                x, _ = Block(config, moe=moe).apply(layer, x, context)
+        x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
+        return x @ params["head"]["w"]
+
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, tokens).logits, by_hand(), rtol=1e-10)
 
 
 def test_remat_recomputes_what_it_says():

@@ -14,7 +14,6 @@ import pytest
 from literal.experts import best
 from parity import (
     CASES,
-    RUN_ONCE,
     abstract_variables,
     load_golden,
     random_variables,
@@ -33,7 +32,7 @@ def apply(config: dsj.ModelConfig, variables, tokens, **kwargs):
     """`DeepSeek.apply`, compiled in haste; `train` is static."""
     train = kwargs.pop("train", False)
     model = dsj.DeepSeek(config)
-    run = jax.jit(lambda v, t, kw: model.apply(v, t, train=train, **kw), compiler_options=RUN_ONCE)
+    run = jax.jit(lambda v, t, kw: model.apply(v, t, train=train, **kw))
     return run(variables, tokens, kwargs)
 
 

@@ -77,7 +77,7 @@ def test_every_kind_runs(name):
     model = dsj.DeepSeek(config)
     tokens = jnp.arange(12).reshape(2, 6)
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
-    out = model.apply(variables, tokens)
+    out = jax.jit(model.apply)(variables, tokens)
     assert out.logits.shape == (2, 6, config.vocab_size) and out.logits.dtype == jnp.float32
     assert out.mtp_logits.shape == (config.num_nextn_predict_layers, 2, 6, config.vocab_size)
     assert bool(jnp.isfinite(out.logits).all())
@@ -88,10 +88,10 @@ def test_every_kind_runs(name):
 def test_apply_reads_the_router_collection_only():
     model = dsj.DeepSeek(dsj.get_config("deepseek-v3-micro"))
     tokens = jnp.zeros((1, 4), jnp.int32)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     assert set(variables) == {"params", "router"}
     assert all(path[-1].key == "bias" for path, _ in jax.tree_util.tree_leaves_with_path(variables["router"]))
-    _, changed = model.apply(variables, tokens, mutable=["router"])
+    _, changed = jax.jit(lambda v: model.apply(v, tokens, mutable=["router"]))(variables)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), changed["router"], variables["router"]))
 
 

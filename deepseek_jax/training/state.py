@@ -27,7 +27,9 @@ class TrainState:
 
 
 def _boxed_state(config: RunConfig, key: Array) -> TrainState:
-    variables = DeepSeek(config.model).init_boxed(key, jnp.zeros((1, 2), jnp.int32))
+    # Only the number of sequences matters, which the mesh must divide; the compiler drops the forward pass itself.
+    tokens = jnp.zeros((config.batch_size // config.accumulation, 2), jnp.int32)
+    variables = DeepSeek(config.model).init_boxed(key, tokens)
     params = variables["params"]
     opt_state = make_optimizer(config.optimizer, config.schedule, config.steps).init(params)
     return TrainState(

@@ -49,7 +49,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
             "loss_main": losses.main,
             "loss_mtp": losses.mtp,
             "loss_balance": losses.balance,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(config.schedule, config.steps, state.step),
             "router": {
                 name: {

@@ -1,0 +1,103 @@
+"""Training step of a 2.35 B V3-style mixture of experts on one GPU: tokens/s, MFU, peak memory.
+
+The shape is that of the torch + transformers comparator in docs/benchmarks.md: 12 layers, the first dense, MLA 192/128
+with 16 heads, 16 experts of 1408, 6 a token, 2 shared, vocabulary 102,400, 4,096 tokens a sequence; parameters,
+gradients and moments in bfloat16 there, so here too.
+
+    python benchmarks/train_step_gpu.py --batch 4 --remat none v3
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+import deepseek_jax as dsj
+from deepseek_jax.config import MLA, ModelConfig, MoE, Rope
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.training.config import MultiStep, RunConfig
+from deepseek_jax.training.state import init_state
+from deepseek_jax.training.step import compile_train_step, place_batch
+
+PEAK = 989.5e12  # dense bf16 of an H100 or H200 SXM, FLOP/s
+
+
+def model(remat: str) -> ModelConfig:
+    return ModelConfig(
+        name="v3-style-2b", vocab_size=102400, hidden_size=2048, num_hidden_layers=12, remat=remat,
+        attention=MLA(
+            num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512,
+            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        ),
+        ffn=MoE(
+            intermediate_size=8192, moe_intermediate_size=1408, n_routed_experts=16, n_shared_experts=2,
+            num_experts_per_tok=6, first_k_dense_replace=1, scoring_func="sigmoid", topk_method="noaux_tc",
+            norm_topk_prob=True,
+        ),
+        rope=Rope(interleaved=True), max_position_embeddings=8192, param_dtype="bfloat16",
+    )  # fmt: skip
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """6 per active matrix parameter (head counted, embedding not) and causal attention; recomputation not counted."""
+    c = config.attention
+    assert isinstance(c, MLA)
+    active = dsj.count_params(config).active_without_embedding
+    scores = config.num_hidden_layers * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return 6 * active + 3 * scores * length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--remat", nargs="+", default=["none"])
+    options = parser.parse_args()
+    for remat in options.remat:
+        config = model(remat)
+        run = RunConfig(
+            model=config, schedule=MultiStep(peak=1e-4), steps=1000, batch_size=options.batch, seq_len=options.length,
+            data=DataConfig(tokenizer="unused"),
+        )  # fmt: skip
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        with use_mesh(mesh):
+            try:
+                state, step = init_state(run, mesh), compile_train_step(run, mesh)
+                tokens = jax.random.randint(
+                    jax.random.key(1), (8, options.batch, options.length + 1), 0, config.vocab_size, jnp.int32
+                )
+                batches = [place_batch({"tokens": x}, mesh) for x in tokens]
+                start = time.perf_counter()
+                state, metrics = step(state, batches[0])
+                first = float(metrics["loss"])
+                compile_seconds = time.perf_counter() - start
+                times = []
+                for i in range(options.steps + 2):
+                    start = time.perf_counter()
+                    state, metrics = step(state, batches[i % 8])
+                    jax.block_until_ready(metrics)
+                    times.append(time.perf_counter() - start)
+                times = times[2:]
+            except jax.errors.JaxRuntimeError as error:
+                print(f"remat {remat:5s} batch {options.batch}: {str(error)[:300]}", flush=True)
+                continue
+        seconds, count = statistics.median(times), options.batch * options.length
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+        mfu = flops_per_token(config, options.length) * count / seconds / PEAK
+        print(
+            f"remat {remat:5s} batch {options.batch}: {count / seconds:8.0f} tok/s  {seconds * 1e3:6.1f} ms "
+            f"(min {min(times) * 1e3:.1f} max {max(times) * 1e3:.1f})  MFU {100 * mfu:.1f} %  peak {peak:.1f} GiB  "
+            f"first step {compile_seconds:.0f} s  loss {first:.2f} -> {float(metrics['loss']):.2f}  "
+            f"{replace(config, remat='none').name} on {jax.devices()[0].device_kind}, jax {jax.__version__}",
+            flush=True,
+        )
+        del state, metrics, batches
+
+
+if __name__ == "__main__":
+    main()
