@@ -18,6 +18,7 @@ selection bias (with speed 0) and computes the metrics that a run logs.
 
 import argparse
 import copy
+import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
@@ -39,7 +40,6 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 LEARNING_RATE = 1e-3
 CHECKED_STEPS, WARM_UP = 4, 3
 TOLERANCE = 1e-4
-MISSING = "needs torch and transformers >= 5.23, the parity extra: pip install -e '.[parity]'"
 # Attention, experts, whether torch.compile. --setting also takes what is not tried, since it is slower by far: batched_mm
 # copies the weights of each token's experts, and each expert's number of tokens is a new shape to compile the eager ones for.
 SETTINGS = (
@@ -49,24 +49,19 @@ SETTINGS = (
 SETTING_SECONDS = 300  # after which a setting that is tried is given up
 
 
-# Both sides
-
-
 def model_config():
     """deepseek-v3-nano without the parts that transformers does not train."""
-    from dataclasses import replace
-
     import deepseek_jax as dsj
 
     nano = dsj.get_config("deepseek-v3-nano")
-    return replace(nano, num_nextn_predict_layers=0, ffn=replace(nano.ffn, sequence_loss_alpha=0.0))
+    return dataclasses.replace(
+        nano, num_nextn_predict_layers=0, ffn=dataclasses.replace(nano.ffn, sequence_loss_alpha=0.0)
+    )
 
 
 def published_config(config) -> dict:
     """The config.json of `config`."""
-    from dataclasses import asdict
-
-    fields = asdict(config)
+    fields = dataclasses.asdict(config)
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps",
         "tie_word_embeddings", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "initializer_range",
@@ -77,16 +72,11 @@ def published_config(config) -> dict:
         "routed_scaling_factor",
     )  # fmt: skip
     return {
-        "model_type": "deepseek_v3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "num_key_value_heads": config.attention.num_attention_heads,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": {"type": "yarn", **fields["rope"]["scaling"]},
-        **{name: fields[name] for name in names},
-        **{name: fields["ffn"][name] for name in routing},
-        **fields["attention"],
-    }
+        "model_type": "deepseek_v3", "hidden_act": "silu", "attention_bias": False,
+        "num_key_value_heads": config.attention.num_attention_heads, **fields["attention"],
+        "rope_theta": config.rope.theta, "rope_scaling": {"type": "yarn", **fields["rope"]["scaling"]},
+        **{name: fields[name] for name in names}, **{name: fields["ffn"][name] for name in routing},
+    }  # fmt: skip
 
 
 def random_batches(options: argparse.Namespace, vocab_size: int, count: int = 8) -> list:
@@ -112,21 +102,17 @@ def measured(step, batches: list, options: argparse.Namespace) -> dict:
     return {"losses": losses, "seconds": seconds, "peak_bytes": peak}
 
 
-# Ours
-
-
 def ours(options: argparse.Namespace) -> dict:
-    """Our side, in its own process."""
-    from dataclasses import replace
-
+    """Our side; in a process of its own, like the next two."""
     import jax
+    import jax.numpy as jnp
     from safetensors.numpy import load_file
 
     from deepseek_jax.data.config import DataConfig
     from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
     from deepseek_jax.training import MultiStep, RunConfig
     from deepseek_jax.training.optimizer import make_optimizer
-    from deepseek_jax.training.state import TrainState
+    from deepseek_jax.training.state import TrainState, abstract_state
     from deepseek_jax.training.step import compile_train_step, place_batch
 
     sys.path.insert(0, str(TESTS))
@@ -134,28 +120,20 @@ def ours(options: argparse.Namespace) -> dict:
 
     folder, model = Path(options.checkpoint), model_config()
     described = hf_to_model_config(json.loads((folder / "config.json").read_text()))
-    same = replace(described, name=model.name, initializer_range=model.initializer_range)
+    same = dataclasses.replace(described, name=model.name, initializer_range=model.initializer_range)
     assert same == model, f"the checkpoint is of another model:\n{same}\n{model}"
     config = RunConfig(
-        model=model,
+        model=model, data=DataConfig(vocab_size=model.vocab_size), bias_update_speed=0.0,
         schedule=MultiStep(peak=LEARNING_RATE, warmup_steps=0, milestones=(), factors=()),
-        steps=options.steps,
-        batch_size=options.batch,
-        seq_len=options.seq_len,
-        bias_update_speed=0.0,
-        data=DataConfig(vocab_size=model.vocab_size),
-    )
+        steps=options.steps, batch_size=options.batch, seq_len=options.seq_len,
+    )  # fmt: skip
     mesh = make_mesh(MeshConfig())
-    variables = jax.tree.map(jax.numpy.asarray, hf_to_variables(load_file(folder / "model.safetensors"), model))
-    params = variables["params"]
+    weights = jax.tree.map(jnp.asarray, hf_to_variables(load_file(folder / "model.safetensors"), model))
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
     with use_mesh(mesh):
-        state = TrainState(
-            step=jax.numpy.zeros((), jax.numpy.int32),
-            params=params,
-            router=variables["router"],
-            opt_state=optimizer.init(params),
-        )
+        state = TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(weights["params"]), **weights)
+        # Placed as a step returns it, else the second step would compile anew.
+        state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)))
         train_step = compile_train_step(config, mesh)
 
         def step(tokens) -> float:
@@ -164,16 +142,13 @@ def ours(options: argparse.Namespace) -> dict:
             jax.block_until_ready(state)
             return float(metrics["loss"])
 
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         batches = random_batches(options, model.vocab_size)
         return {"parameters": count, **measured(step, batches, options)}
 
 
-# Theirs
-
-
 def theirs(options: argparse.Namespace) -> dict:
-    """transformers' side, in its own process."""
+    """transformers' side."""
     import torch
     import transformers
 
@@ -214,10 +189,10 @@ def make_checkpoint(options: argparse.Namespace) -> dict:
     import torch
     import transformers
 
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     published = published_config(model_config())
-    transformers.logging.set_verbosity_error()
     model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**copy.deepcopy(published)))
     model.save_pretrained(options.checkpoint)
     # transformers writes a config.json with its own names; both sides read the published one.
@@ -228,22 +203,17 @@ def make_checkpoint(options: argparse.Namespace) -> dict:
 ROLES = {"ours": ours, "theirs": theirs, "checkpoint": make_checkpoint}
 
 
-# The process that starts the others
-
-
 class Failed(Exception):
-    """A child that came to nothing; the last line of what it said."""
+    """What a child that came to nothing said last."""
 
 
 def child(role: str, options: argparse.Namespace, limit: float | None = None, **changes) -> dict:
     """Result of one role in a fresh process."""
-    given = {**vars(options), **changes, "role": role}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if not isinstance(value, bool) and value]
-    arguments += [f"--{name}" for name, value in given.items() if value is True]
+    given = json.dumps({**vars(options), "child": None, "check": False, **changes, "role": role})
     threads = str(options.threads)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     process = subprocess.Popen(
-        [sys.executable, __file__, *arguments], env=environment, start_new_session=True, text=True,
+        [sys.executable, __file__, "--child", given], env=environment, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -258,23 +228,23 @@ def child(role: str, options: argparse.Namespace, limit: float | None = None, **
     return json.loads(out.splitlines()[-1])
 
 
-def run_role(options: argparse.Namespace) -> None:
+def run_child(options: argparse.Namespace) -> None:
     """In a child: its result as the last line of its output."""
     if hasattr(os, "sched_setaffinity"):  # the pools of XLA and of torch's compiler are as large as this set
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    result = ROLES[options.role](options)
-    print(f"\n{json.dumps(result)}", flush=True)
+    print(f"\n{json.dumps(ROLES[options.role](options))}", flush=True)
 
 
 def check_equal(options: argparse.Namespace) -> None:
     """Stops unless both sides train the same model in the same way."""
     us = child("ours", options, check=True)
     them = child("theirs", options, check=True, setting=options.setting or SETTINGS[0])
-    apart = [abs(a - b) / abs(b) for a, b in zip(us["losses"], them["losses"], strict=True)]
     print(f"# parameters: ours {us['parameters']:,}, theirs {them['parameters']:,}")
+    equal = us["parameters"] == them["parameters"]
     for i, (a, b) in enumerate(zip(us["losses"], them["losses"], strict=True)):
-        print(f"# loss of step {i + 1}: ours {a:.6f}, theirs {b:.6f}, apart {apart[i]:.1e}")
-    if us["parameters"] != them["parameters"] or max(apart) > TOLERANCE:
+        equal &= abs(a - b) <= TOLERANCE * abs(b)
+        print(f"# loss of step {i + 1}: ours {a:.6f}, theirs {b:.6f}, apart {abs(a - b) / abs(b):.1e}", flush=True)
+    if not equal:
         sys.exit("the two sides do not train the same model: no figure")
 
 
@@ -301,16 +271,29 @@ def spread(values: list[float]) -> float:
     return (max(values) - min(values)) / statistics.median(values)
 
 
+def has_peers() -> bool:
+    """Whether the parity extra is there."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        return False
+    version = importlib.metadata.version("transformers")
+    return tuple(int(part) for part in version.split(".")[:2]) >= (5, 23)
+
+
 def cpu_name() -> str:
-    """The processor's name and the cores that were used of it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
+HEAD = (
+    "| date | device | versions | batch | tokens/s, ours (spread) | tokens/s, torch (spread) | ratio (lowest to highest) "
+    "| MiB, ours | MiB, torch | ratio | torch's setting | command |\n" + 12 * "|---" + "|"
+)
+
+
 def report(options: argparse.Namespace, rounds: list[tuple[dict, dict]]) -> None:
     """The row of docs/benchmarks.md."""
-    sides = [[round[side] for round in rounds] for side in (0, 1)]
+    sides = list(zip(*rounds, strict=True))
     rates = [[tokens_per_second(options, statistics.median(r["seconds"])) for r in side] for side in sides]
     peaks = [statistics.median(r["peak_bytes"] for r in side) / 2**20 for side in sides]
     ratios = [a / b for a, b in zip(*rates, strict=True)]
@@ -321,14 +304,14 @@ def report(options: argparse.Namespace, rounds: list[tuple[dict, dict]]) -> None
         f"{cpu_name()}, {options.threads} cores",
         f"Python {platform.python_version()}, {versions}",
         f"{options.batch} × {options.seq_len}",
-        *(f"{statistics.median(rate):,.0f} (±{spread(rate) / 2:.0%})" for rate in rates),
+        *(f"{statistics.median(rate):,.0f} ({spread(rate):.0%})" for rate in rates),
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        *(f"{peak:,.0f} MiB" for peak in peaks),
+        *(f"{peak:,.0f}" for peak in peaks),
         f"{peaks[0] / peaks[1]:.2f}",
         options.setting,
-        f"{len(rounds)}",
         command,
     ]
+    print(HEAD)
     print("| " + " | ".join(cells) + " |")
 
 
@@ -342,14 +325,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=cores, help="cores that each side gets")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--setting", help=f"torch's, instead of trying {' '.join(SETTINGS)}")
-    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.role:
-        return run_role(options)
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        sys.exit(f"benchmarks/nano_vs_torch.py {MISSING}")
+    if options.child:
+        return run_child(argparse.Namespace(**json.loads(options.child)))
+    if not has_peers():
+        sys.exit("needs torch and transformers >= 5.23, the parity extra: pip install -e '.[parity]'")
     with tempfile.TemporaryDirectory() as folder:
         options.checkpoint = folder
         try:

@@ -12,13 +12,16 @@ from deepseek_jax.training import MultiStep, RunConfig
 def get_config() -> RunConfig:
     return RunConfig(
         model=model("deepseek-v3-nano"),
-        data=DataConfig(source="python-stdlib", vocab_size=2048, max_bytes=12_000_000),
-        schedule=MultiStep(peak=3e-3, warmup_steps=20),
+        data=DataConfig(
+            source="python-stdlib", vocab_size=2048, max_bytes=10_000_000, tokenizer_sample_bytes=3_000_000
+        ),
+        schedule=MultiStep(peak=4e-3, warmup_steps=20),
         steps=150,
-        batch_size=16,
+        batch_size=8,
         seq_len=256,
         bias_update_speed=0.003,
-        log_every=10,
-        checkpoint_every=100,
+        eval_sequences=48,
+        checkpoint_every=50,
         sample_prompts=("def ", "import ", "class Test"),
+        sample_tokens=48,
     )

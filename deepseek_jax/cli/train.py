@@ -32,7 +32,7 @@ def run(args: Sequence[str]) -> None:
 
     import deepseek_jax as dsj
 
-    dsj.train(config, run_dir=run_dir)
+    print(dsj.train(config, run_dir=run_dir).summary())
 
 
 def load_config(path: Path) -> "RunConfig":

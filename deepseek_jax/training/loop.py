@@ -37,6 +37,20 @@ class Run:
     samples: list[tuple[str, str]]
     """Prompt and continuation."""
 
+    def summary(self) -> str:
+        """What the run came to, for a person to read: held-out figures, samples, where things lie."""
+        lines = []
+        evaluated = [line for line in self.metrics if "held_out_bits_per_byte" in line]
+        if evaluated:
+            before, after = (line["held_out_bits_per_byte"] for line in (evaluated[0], evaluated[-1]))
+            lines.append(
+                f"held-out bits per byte: {before:.3f} before, {after:.3f} after {evaluated[-1]['step']} steps"
+            )
+        for prompt, text in self.samples:
+            lines += ["", f"--- {prompt!r} goes on:", prompt + text]
+        lines += ["", *(f"plot        {path}" for path in self.plots), f"checkpoint  {self.checkpoint}"]
+        return "\n".join(lines)
+
 
 def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> Run:
     """Train, or continue the run in `run_dir` from its last checkpoint.
