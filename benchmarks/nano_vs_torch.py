@@ -38,8 +38,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 LEARNING_RATE = 1e-3
-CHECKED_STEPS, WARM_UP = 4, 3
-TOLERANCE = 1e-4
+CHECKED_STEPS, WARM_UP, TOLERANCE = 4, 3, 1e-4
 # Attention, experts, whether torch.compile. --setting also takes what is not tried, since it is slower by far: batched_mm
 # copies the weights of each token's experts, and each expert's number of tokens is a new shape to compile the eager ones for.
 SETTINGS = (
