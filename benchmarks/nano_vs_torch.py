@@ -266,10 +266,6 @@ def tokens_per_second(options: argparse.Namespace, seconds: float) -> float:
     return options.batch * options.seq_len / seconds
 
 
-def spread(values: list[float]) -> float:
-    return (max(values) - min(values)) / statistics.median(values)
-
-
 def has_peers() -> bool:
     """Whether the parity extra is there."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
@@ -303,7 +299,7 @@ def report(options: argparse.Namespace, rounds: list[tuple[dict, dict]]) -> None
         f"{cpu_name()}, {options.threads} cores",
         f"Python {platform.python_version()}, {versions}",
         f"{options.batch} × {options.seq_len}",
-        *(f"{statistics.median(rate):,.0f} ({spread(rate):.0%})" for rate in rates),
+        *(f"{statistics.median(x):,.0f} ({(max(x) - min(x)) / statistics.median(x):.0%})" for x in rates),
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         *(f"{peak:,.0f}" for peak in peaks),
         f"{peaks[0] / peaks[1]:.2f}",

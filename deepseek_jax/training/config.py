@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from deepseek_jax.config import ModelConfig, MoE, require
+from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 
@@ -108,8 +108,3 @@ class RunConfig:
             self.data.tokenizer is not None or self.data.vocab_size <= self.model.vocab_size, "data",
             f"vocab_size must not exceed the model's vocab_size = {self.model.vocab_size}",
         )  # fmt: skip
-
-    @property
-    def has_selection_bias(self) -> bool:
-        """Whether the model's gates carry V3's bias."""
-        return isinstance(self.model.ffn, MoE) and self.model.ffn.topk_method == "noaux_tc"
