@@ -80,7 +80,12 @@ def trained(monkeypatch):
     room = types.ModuleType("deepseek_jax.training")
     room.RunConfig, room.toy_run = ToyRun, toy_run
     monkeypatch.setitem(sys.modules, "deepseek_jax.training", room)
-    monkeypatch.setitem(dsj.__dict__, "train", lambda config, run_dir: calls.append((config, run_dir)))
+
+    def train(config, run_dir):
+        calls.append((config, run_dir))
+        return types.SimpleNamespace(summary=lambda: "done")
+
+    monkeypatch.setitem(dsj.__dict__, "train", train)
     return calls
 
 
@@ -136,8 +141,9 @@ def test_no_verb(capsys):
     assert "required: VERB" in refused(capsys)
 
 
-def test_train_passes_config_and_default_run_dir(trained, config_file):
+def test_train_passes_config_and_default_run_dir(trained, config_file, capsys):
     assert main.main(["train", config_file]) == 0
+    assert capsys.readouterr().out == "done\n"
     assert trained == [(toy_run(), "runs/toy")]
 
 
