@@ -131,6 +131,16 @@ def test_schedule_as_printed():
     np.testing.assert_allclose(rate, [4.2e-4 / 2000, 4.2e-4, 4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316, 4.2e-5], rtol=1e-6)
 
 
+def test_warm_up_past_the_milestones_never_rises():
+    schedule = MultiStep(peak=1.0, warmup_steps=2000)
+    assert max(float(learning_rate(schedule, 200, step)) for step in range(160, 200)) < 159 / 2000
+
+
+def test_float16_training_is_refused():
+    with pytest.raises(ValueError, match=r"dtype = 'float16'.*loss scaling"):
+        run_config(micro("llm", dtype="float16"))
+
+
 def test_decay_leaves_norms_and_biases_out():
     run = run_config(micro("r1-distill-qwen"))
     mask = jax.tree_util.tree_leaves_with_path(decayed(init_state(run).params))

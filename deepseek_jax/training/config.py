@@ -102,6 +102,11 @@ class RunConfig:
             self.seq_len <= self.model.max_position_embeddings, "seq_len",
             f"must not exceed the model's max_position_embeddings = {self.model.max_position_embeddings}",
         )  # fmt: skip
+        for name in ("dtype", "param_dtype"):
+            require(
+                getattr(self.model, name) != "float16", "RunConfig.model", name, "float16",
+                "training in float16 needs loss scaling, which is not built: take bfloat16 or float32",
+            )  # fmt: skip
         depth = self.model.num_nextn_predict_layers
         check(self.seq_len > depth + 1, "seq_len", f"must exceed the depth of multi-token prediction = {depth} by 2")
         check(

@@ -27,7 +27,7 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
         return lambda state: {}
     count = min(config.eval_sequences, len(source))
     rows = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round()]
-    size = config.batch_size
+    size = config.batch_size // config.accumulation  # what is known to fit in memory
     rows += [{k: np.zeros_like(x) for k, x in rows[0].items()}] * (-count % size)
     batches = [
         {k: np.stack([row[k] for row in rows[i : i + size]]) for k in rows[0]} for i in range(0, len(rows), size)

@@ -80,6 +80,8 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
     data = load(config.data, config.seq_len, run_dir, model_vocab_size=config.model.vocab_size, progress=progress)
     batches = data.train_batches(config.batch_size, config.seed)
     tokens_per_step = config.batch_size * config.seq_len
+    order = {"data_fingerprint": data.fingerprint, "batch_size": config.batch_size, "seed": config.seed}
+    _check_prompts(config, data.tokenizer)
 
     with use_mesh(mesh), Store(run_dir / "checkpoints", keep=config.keep_checkpoints) as store:
         first = store.latest()
@@ -87,7 +89,7 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
             state = init_state(config, mesh)
         else:
             state, meta = store.restore(template, batches, first)
-            _same_data(meta, data.fingerprint)
+            _same_order(meta, order)
         step = first or 0
         write_manifest(
             run_dir, to_dict(config),
@@ -95,8 +97,6 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
         )  # fmt: skip
         evaluate = make_evaluation(config, mesh, data)
         train_step = compile_train_step(config, mesh)
-        meta = {"tokens": 0, "data_fingerprint": data.fingerprint}
-
         with (
             JsonlWriter(run_dir / "metrics.jsonl", resume_step=first) as log,
             Progress(config.steps, step, shown=progress) as bar,
@@ -122,7 +122,7 @@ def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> R
                     bar.update(step, {"loss": line["loss"], "tok/s": line["tokens_per_second"]})
                     since, since_step = time.perf_counter(), step
                 if step % config.checkpoint_every == 0 or last:
-                    store.save(step, state, batches, meta | {"tokens": step * tokens_per_step})
+                    store.save(step, state, batches, order | {"tokens": step * tokens_per_step})
         store.wait()
 
     metrics = read_jsonl(run_dir / "metrics.jsonl")
@@ -148,12 +148,25 @@ def _line(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in line.items()}
 
 
-def _same_data(meta: dict[str, Any], fingerprint: str) -> None:
-    if meta.get("data_fingerprint") != fingerprint:
-        raise ValueError(
-            f"the checkpoint was made on data {meta.get('data_fingerprint')}, the configuration now gives "
-            f"{fingerprint}: corpus, tokenizer, seq_len or masking changed; undo that, or start a new run folder"
-        )
+def _same_order(meta: dict[str, Any], order: dict[str, Any]) -> None:
+    """Refuse to continue on other data, or on the same in another order."""
+    for name, value in order.items():
+        if meta.get(name) != value:
+            raise ValueError(
+                f"the checkpoint was made with {name} = {meta.get(name)!r}, the configuration now gives {value!r} "
+                f"(data_fingerprint: corpus, tokenizer, seq_len or masking): undo that, or start a new run folder"
+            )
+
+
+def _check_prompts(config: RunConfig, tokenizer: Any) -> None:
+    """Refuse, before the first step, a sample that will not fit behind the last."""
+    room = config.model.max_position_embeddings - config.sample_tokens - 1
+    for prompt in config.sample_prompts:
+        if len(tokenizer.encode(prompt)) > room:
+            raise ValueError(
+                f"RunConfig.sample_prompts: {prompt!r} and sample_tokens = {config.sample_tokens} are more than the "
+                f"model's max_position_embeddings = {config.model.max_position_embeddings}: shorten one of them"
+            )
 
 
 def _plots(metrics: list[dict[str, Any]], folder: Path, first_moe_layer: int) -> list[Path]:
@@ -175,6 +188,8 @@ def _samples(config: RunConfig, state: TrainState, tokenizer: Any) -> list[tuple
     from deepseek_jax.models.transformer import DeepSeek
 
     variables = {"params": state.params, **({"router": state.router} if state.router else {})}
+    if len(jax.devices()) > 1:  # three prompts cannot be split over a mesh
+        variables = jax.device_put(variables, jax.local_devices()[0])
     run = LoadedRun(DeepSeek(config.model), variables, tokenizer, config.steps)
     texts = continue_text(
         run, config.sample_prompts, max_new_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed

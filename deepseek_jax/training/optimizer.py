@@ -17,9 +17,10 @@ def learning_rate(schedule: MultiStep, steps: int, step: Any) -> Array:
     """
     step = jnp.asarray(step)
     rate = schedule.peak * jnp.minimum((step + 1) / max(schedule.warmup_steps, 1), 1)
+    share = jnp.ones_like(rate)
     for milestone, factor in zip(schedule.milestones, schedule.factors, strict=True):
-        rate = jnp.where(step >= milestone * steps, schedule.peak * factor, rate)
-    return rate
+        share = jnp.where(step >= milestone * steps, factor, share)
+    return rate * share
 
 
 def decayed(params: Any) -> Any:

@@ -40,6 +40,8 @@ def make_train_step(config: RunConfig) -> TrainStep:
             return grads, total, losses
 
         grads, total, losses = _summed(piece, batch, config.accumulation)
+        # Summed in float32 or wider; the optimizer's state keeps the parameters' dtype whatever the accumulation.
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         router = state.router
         if router:

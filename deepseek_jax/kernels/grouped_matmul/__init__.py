@@ -6,7 +6,9 @@ the default on CPU), `ragged_dot` (`jax.lax.ragged_dot`, TPU), `mosaic_gpu` (the
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from deepseek_jax import platform
 from deepseek_jax.kernels.grouped_matmul.blocks import grouped_matmul_blocks
@@ -26,7 +28,8 @@ def grouped_matmul(
         x_MK: rows, those of group 0 first, then group 1, …
         w_EKN: one matrix a group, of the dtype of `x_MK`.
         group_sizes_E: int32, rows of each group; a group may be empty, their sum may be less than M.
-        implementation: a route by name; None takes the fastest that supports the arguments.
+        implementation: a route by name; None takes the fastest that supports the arguments, and `blocks`, which the
+            compiler can partition, where several devices share the call.
 
     Returns:
         [M, N] in the dtype of `x_MK`; rows past the sum of the sizes are zero. Sums are float32 or wider.
@@ -45,7 +48,7 @@ def grouped_matmul(
         raise ValueError(f"grouped_matmul: x is {x_MK.dtype} but w is {w_EKN.dtype}: cast one of them")
     strict = implementation is not None
     if implementation is None:
-        implementation = _FASTEST[platform.target()]
+        implementation = "blocks" if _shared_by_devices() else _FASTEST[platform.target()]
     if implementation == "reference":
         return grouped_matmul_reference(x_MK, w_EKN, group_sizes_E)
     if implementation == "ragged_dot":
@@ -64,6 +67,12 @@ def grouped_matmul(
     if strict:
         raise ValueError(f"grouped_matmul: implementation={implementation!r} does not serve this call: {reason}")
     return grouped_matmul_blocks(x_MK, w_EKN, group_sizes_E)
+
+
+def _shared_by_devices() -> bool:
+    """Whether the compiler is to spread this call over several devices, which it cannot do with a kernel's call."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 __all__ = ["Implementation", "grouped_matmul", "grouped_matmul_blocks", "grouped_matmul_reference"]
