@@ -1,21 +1,25 @@
 """The checkpoints of a run, through Orbax: state, data iterator and a note, in one commit a step.
 
-A step's folder appears whole or not at all. Restoring compares every leaf's name, shape and dtype with what the program
-expects before a byte of it is read, and puts the arrays onto whatever mesh the program has now.
+A step's folder appears whole or not at all, and a SHA-256 manifest of its files follows. Restoring compares the files
+with it, and every leaf's name, shape and dtype with what the program expects, before an array is read; the arrays go
+onto whatever mesh the program has now.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 
-from deepseek_jax.checkpoint import leaves
+from deepseek_jax import storage
+from deepseek_jax.checkpoint import digests, leaves
+from deepseek_jax.checkpoint.digests import Verify
 
 _STATE, _DATA, _META = "state", "data", "meta"  # names of a step's parts on disk
 _FORMAT = 1
@@ -34,7 +38,7 @@ class Store:
 
     ```python
     with Store(run_dir / "checkpoints") as store:
-        if (step := store.latest()) is not None:
+        if (step := store.latest_good()) is not None:
             state, meta = store.restore(abstract_state, batches, step)
         store.save(step, state, batches, {"config": ...})
     ```
@@ -48,19 +52,25 @@ class Store:
         async_save: bool = True,
         *,
         read_only: bool = False,
+        manifests: bool = True,
     ):
         """
         Args:
-            directory: the folder; made when it is missing, unless read_only.
+            directory: the folder, local or not; made when it is missing, unless read_only.
             keep: how many of the latest steps stay; None keeps all.
             async_save: whether `save` returns once the state is copied, and writes behind the program's back.
             read_only: for a program that only restores: nothing in the folder is touched.
+            manifests: whether `save` hashes what it has written; reading it all again takes a while for terabytes.
         Raises: ValueError for a bad `keep`, or a folder that is not there to be read.
         """
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: give at least 1, or None to keep every checkpoint")
-        self.directory = Path(directory).expanduser().resolve()
-        self._read_only = read_only
+        self.directory = storage.path(directory)
+        if storage.is_local(self.directory):
+            self.directory = self.directory.resolve()
+        self._read_only, self._manifests = read_only, manifests
+        self._hashing: threading.Thread | None = None
+        self._hashing_error: BaseException | None = None
         if read_only and not self.directory.is_dir():
             raise ValueError(f"directory={str(directory)!r}: no checkpoints there; give the run's checkpoints folder")
         _quiet()
@@ -68,6 +78,8 @@ class Store:
         from orbax.checkpoint import checkpoint_managers
 
         self._ocp = ocp
+        if not read_only:
+            storage.make_folder(self.directory)  # on a cloud, one that stays when its last object goes
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -100,7 +112,13 @@ class Store:
         if self._read_only:
             raise ValueError(f"{self.directory} was opened with read_only=True: open it without, to save step {step}")
         named, _ = leaves.flatten(state)
-        note = {"format": _FORMAT, "step": int(step), "leaves": leaves.record(named), "meta": dict(meta or {})}
+        note = {
+            "format": _FORMAT,
+            "step": int(step),
+            "leaves": leaves.record(named),
+            "manifest": self._manifests,
+            "meta": dict(meta or {}),
+        }
         try:
             json.dumps(note, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -115,7 +133,18 @@ class Store:
             import grain
 
             parts[_DATA] = grain.checkpoint.CheckpointSave(_AsBytes(data_iterator))
-        return bool(self._manager.save(int(step), args=self._ocp.args.Composite(**parts), force=True))
+        saved = bool(self._manager.save(int(step), args=self._ocp.args.Composite(**parts), force=True))
+        if saved and self._manifests:
+            self._hashing = threading.Thread(target=self._write_manifest, args=(int(step),), name="checkpoint hashes")
+            self._hashing.start()
+        return saved
+
+    def _write_manifest(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+            digests.write(self.directory / str(step), jax.process_index(), jax.process_count())
+        except BaseException as error:
+            self._hashing_error = error
 
     def steps(self) -> list[int]:
         """The steps that are wholly on disk, ascending: read from the disk, not remembered, after a save under way
@@ -127,6 +156,49 @@ class Store:
     def latest(self) -> int | None:
         """The last step that is wholly on disk, or None; see `steps`."""
         return max(self.steps(), default=None)
+
+    def latest_good(self, verify: Verify = "full", say: Callable[[str], None] = print) -> int | None:
+        """The last step whose files are what its manifest says, or None where there is no step to go on from.
+
+        Args:
+            verify: see `digests.problems`.
+            say: gets a message for every step that is passed over.
+        Returns: None when there are no steps, or only saves that a killed program left without their manifest.
+        Raises: ValueError when there are steps and every finished one is damaged.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            here = self.directory / str(step)
+            found, unfinished = self._problems(step, verify)
+            if not found:
+                return step
+            say(f"checkpoint {here} is passed over: {_first(found)}")
+            if not unfinished:
+                damaged.append(f"step {step}: {_first(found)}")
+        if damaged:
+            raise ValueError(
+                f"{self.directory} holds no good checkpoint ({'; '.join(damaged)}): bring its files back, or start a "
+                f"new run folder"
+            )
+        return None
+
+    def _problems(self, step: int, verify: Verify) -> tuple[list[str], bool]:
+        """What is wrong with a step, and whether it is only a save that was cut off."""
+        here = self.directory / str(step)
+        try:
+            promised = bool(self._note(step).get("manifest"))
+        except Exception as error:  # of Orbax or JSON, whatever a damaged file makes them raise
+            return [f"its note cannot be read ({type(error).__name__})"], False
+        if verify == "off":
+            return [], False
+        if promised and not digests.is_complete(here):
+            return ["its manifest is missing: the save was cut off"], True
+        return (digests.problems(here, verify) if promised else []), False
+
+    def discard(self, step: int) -> None:
+        """Deletes one step."""
+        self.wait()
+        self._manager.delete(int(step))
 
     def restore(
         self, abstract_state: Any, data_iterator: ResumableIterator | None = None, step: int | None = None
@@ -155,11 +227,23 @@ class Store:
 
     def wait(self) -> None:
         """Returns when the save under way is on disk. Raises its error, if it failed."""
+        hashing, self._hashing = self._hashing, None
+        if hashing is not None:
+            hashing.join()
+        error, self._hashing_error = self._hashing_error, None
+        if error is not None:
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()  # it raises the same error once more, for this thread
+            self._manager.reload()  # it remembers the failed step as saved
+            raise error
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> Store:
         return self
@@ -223,6 +307,10 @@ class _AsBytes:
 
     def start_prefetch(self) -> None:
         """Called by the handler after `set_state`; iterators begin to read ahead by themselves."""
+
+
+def _first(found: list[str], count: int = 3) -> str:
+    return ", ".join(found[:count]) + (f" and {len(found) - count} more" if len(found) > count else "")
 
 
 def _quiet() -> None:
