@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.storage import write_atomic
+from etils import epath
+
+from deepseek_jax import storage
 
 _DISTRIBUTION = "deepseek-jax"
 _PACKAGES = (
@@ -34,7 +36,7 @@ def write_manifest(
     """Writes run_dir/manifest.json, or adds a start to it.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, local or gs://.
         config_dict: the resolved configuration, ready for JSON.
         extra: what the run alone knows: seeds, data summary and fingerprint, mesh axes, the step it starts from.
     Returns: what was written: `config` and `extra`'s entries beside `started`, `command_line`, `python`, `packages`,
@@ -43,7 +45,7 @@ def write_manifest(
     Raises: ValueError for a value that JSON cannot hold, a name in `extra` that is taken, or a manifest in the folder
         that cannot be read.
     """
-    path = Path(run_dir) / "manifest.json"
+    path = storage.path(run_dir) / "manifest.json"
     start = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command_line": shlex.join(sys.argv),
@@ -58,12 +60,14 @@ def write_manifest(
     if taken := sorted(set(extra or {}) & {*start, "runs"}):
         raise ValueError(f"extra: the names {taken} are the manifest's own; give others")
     start |= extra or {}
-    manifest = {**start, "runs": [*_earlier_starts(path), start]}
+    earlier = _earlier(path)
+    kept = {name: earlier[name] for name in ("certificate",) if name in earlier}
+    manifest = {**start, **kept, "runs": [*earlier.get("runs", []), start]}
     try:
         text = json.dumps(manifest, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config or extra: JSON cannot hold it ({error})") from None
-    write_atomic(path, text + "\n")
+    storage.write_atomic(path, text + "\n")
     return manifest
 
 
@@ -119,10 +123,12 @@ def _devices() -> dict[str, Any]:
     }
 
 
-def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+def _earlier(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
-        return []
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"]
-    except (ValueError, KeyError, TypeError) as error:
+        earlier = json.loads(path.read_bytes())
+        assert isinstance(earlier["runs"], list)
+        return earlier
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path}: not a manifest ({error!r}); move it away, or start a new run folder") from None

@@ -13,13 +13,15 @@ Names read from the lines (each may be missing, now and then or always):
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from deepseek_jax import storage
 from deepseek_jax.metrics.writer import read_jsonl
 
 Lines = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -39,7 +41,7 @@ _STYLE: Any = {
 }
 
 
-def loss_curve(metrics: Lines, path: str | os.PathLike[str]) -> Path:
+def loss_curve(metrics: Lines, path: str | os.PathLike[str]) -> epath.Path:
     """Draws the training loss, its parts and the held-out evaluations over the steps.
 
     Args:
@@ -76,7 +78,9 @@ def loss_curve(metrics: Lines, path: str | os.PathLike[str]) -> Path:
         return _save(figure, path)
 
 
-def router_heatmap(metrics_or_loads: Lines | np.ndarray, path: str | os.PathLike[str], *, first_layer: int = 0) -> Path:
+def router_heatmap(
+    metrics_or_loads: Lines | np.ndarray, path: str | os.PathLike[str], *, first_layer: int = 0
+) -> epath.Path:
     """Draws how evenly the experts are used: the last load of each layer's experts, and MaxVio over the steps.
 
     Args:
@@ -219,8 +223,8 @@ def _figure(width: float, height: float, heights: Sequence[float]) -> tuple[Any,
     return figure, list(axes)
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+def _save(figure: Any, path: str | os.PathLike[str]) -> epath.Path:
+    path = storage.path(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    return storage.write_atomic(path, picture.getvalue())

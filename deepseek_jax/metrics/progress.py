@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, TextIO
+
+_RECENT = 32  # counts from which the time left is told
 
 
 class Progress:
@@ -42,7 +45,8 @@ class Progress:
         self._stream: TextIO = stream or sys.stderr
         self._shown = shown
         self._bar: Any = None
-        self._start = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), initial)], maxlen=_RECENT)
+        """When the latest counts were reached."""
         self._last_line = -float("inf")
 
     def update(self, count: int, values: Mapping[str, float | int | str] | None = None) -> None:
@@ -61,6 +65,7 @@ class Progress:
             self._bar.update(count - self._bar.n)
             return
         now = time.monotonic()
+        self._mark(now)
         if now - self._last_line >= self._log_seconds or count >= self._total:
             self._last_line = now
             self._print(f"{self._label} {self._unit} {count}/{self._total}  {text}{self._eta(now)}")
@@ -96,15 +101,27 @@ class Progress:
                 total=total, initial=initial, desc=self._label, unit=self._unit, file=self._stream, dynamic_ncols=True
             )
 
+    def _mark(self, now: float) -> None:
+        self._marks.append((now, self._count))
+        if len(self._marks) == 3 and self._marks[0][1] == self._initial:
+            self._marks.popleft()  # the first stretch holds the compilation, which says nothing of what is left
+
     def _eta(self, now: float) -> str:
-        done, left = self._count - self._initial, self._total - self._count
+        """Time left at the speed of the latest counts: steps grow slower along a batch ramp."""
+        then, count = self._marks[0]
+        done, left = self._count - count, self._total - self._count
         if done <= 0 or left <= 0:
             return ""
-        seconds = int((now - self._start) / done * left)
-        return f"  left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return f"  left {_duration((now - then) / done * left)}"
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours < 100 else f"{hours // 24} d {hours % 24} h"
 
 
 def _short(value: float | int | str) -> str:

@@ -12,37 +12,37 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from deepseek_jax.storage import write_atomic
+from deepseek_jax import storage
 
 _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlWriter:
-    """Appends metric lines to a file; each line is handed to the system at once, so a killed program loses none.
+    """Appends metric lines to a file; on a local disk each is handed to the system at once, so a killed program loses
+    none. On gs:// lines wait a while: see `storage.LineFile`.
 
     A run that goes on from step k first drops the lines after k, which it is about to write again: the file reads as
-    one unbroken run. So a step's lines are to be written before its checkpoint is.
+    one unbroken run. So a step's lines are to be written, and flushed, before its checkpoint is.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None):
         """
         Args:
-            path: the file; made when it is missing, with its folder.
+            path: the file, local or gs://; made when it is missing, with its folder.
             resume_step: the step that was restored: lines of later steps, and a last line cut short, are dropped.
                 None begins anew and drops every line.
         Raises: ValueError when a line that stays is not JSON with a `step`.
         """
-        self.path = Path(path)
+        self.path = storage.path(path)
         kept = []
         if resume_step is not None and self.path.exists():
             kept = [line for line, record in _lines(self.path) if record["step"] <= resume_step]
-        write_atomic(self.path, "".join(line + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        self._file = storage.LineFile(self.path, kept)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line.
@@ -55,11 +55,14 @@ class JsonlWriter:
         plain = {str(name): _plain(value, str(name)) for name, value in record.items()}
         if type(plain.get("step")) is not int:
             raise ValueError(f"step={plain.get('step')!r}: a metric line needs an int 'step'")
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.write(json.dumps(plain, allow_nan=False))
+
+    def flush(self) -> None:
+        """Returns when every line is in the file, so that no kill can lose it."""
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Flushes and closes the file."""
         self._file.close()
 
     def __enter__(self) -> JsonlWriter:
@@ -74,11 +77,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises: ValueError for any other line that is not JSON with a `step`; FileNotFoundError.
     """
-    return [record for _, record in _lines(Path(path))]
+    return [record for _, record in _lines(storage.path(path))]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+def _lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = path.read_bytes().decode().split("\n")
     lines.pop()  # what follows the last newline: nothing, or a line that a killed program left unfinished
     for number, line in enumerate(lines, 1):
         try:
