@@ -1,27 +1,22 @@
-"""Documents, tokenizer, token cache, and all of it from a config: what a run reads is exact and the same everywhere."""
+"""Documents, tokenizers, token cache: what a run reads is exact and the same everywhere."""
 
-import json
-import random
+import hashlib
 
 import numpy as np
 import pytest
+from texts import content_hash, make_documents
 
 from deepseek_jax import storage
 from deepseek_jax.data import corpus, tokens
-from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.corpus import Document, Documents
-from deepseek_jax.data.dataset import load
-from deepseek_jax.data.tokenizer import EOS_TOKEN, SPECIAL_TOKENS, load_tokenizer, train_bpe
-
-
-def make_documents(n: int, seed: int = 0) -> list[Document]:
-    """n different documents of 200 to 500 bytes of code-like text."""
-    rng = random.Random(seed)
-    words = ["def", "return", "value", "self", "index", "for", "in", "range", "None", "import"]
-    return [
-        Document(f"{i}.py", f"# {seed} {i}\n" + " ".join(rng.choice(words) for _ in range(rng.randint(40, 90))))
-        for i in range(n)
-    ]
+from deepseek_jax.data.corpus import Documents
+from deepseek_jax.data.tokenizer import (
+    EOS_TOKEN,
+    FIM_TOKENS,
+    SPECIAL_TOKENS,
+    byte_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,36 +61,6 @@ def test_folder_errors(tmp_path):
         corpus.folder(tmp_path, ("*.txt",))
 
 
-def test_split_depends_on_each_documents_text_alone():
-    documents = make_documents(2000)
-    train, held_out = corpus.split(documents, 0.1)
-    assert len(train) + len(held_out) == 2000 and 150 < len(held_out) < 250
-    renamed = [Document(f"elsewhere/{i}", document.text) for i, document in enumerate(reversed(documents))]
-    again = corpus.split(renamed + make_documents(500, seed=1), 0.1)
-    held_out_texts = {document.text for document in held_out}
-    assert held_out_texts <= {document.text for document in again[1]}
-    assert not held_out_texts & {document.text for document in again[0]}
-
-
-def test_content_hash_is_that_of_a_set_of_texts():
-    documents = make_documents(9)
-    elsewhere = [Document(f"other/{document.name}", document.text) for document in reversed(documents)]
-    assert corpus.content_hash(elsewhere) == corpus.content_hash(documents) != corpus.content_hash(documents[1:])
-
-
-@pytest.mark.parametrize(("n", "fraction"), [(2, 0.001), (2, 0.999), (5, 0.01), (5, 0.99)])
-def test_split_leaves_no_side_empty(n, fraction):
-    assert min(map(len, corpus.split(make_documents(n), fraction))) >= 1
-
-
-def test_split_errors():
-    with pytest.raises(ValueError, match=r"the corpus has 1 documents.*at least 2 different ones, or held_out_frac"):
-        corpus.split(make_documents(1), 0.1)
-    with pytest.raises(ValueError, match="the corpus has 0 documents"):
-        corpus.split([], 0.0)
-    assert not corpus.split(make_documents(1), 0.0)[1]
-
-
 def test_size_cap_is_a_nested_choice_independent_of_names_and_split():
     documents = Documents(tuple(sorted(make_documents(2000), key=lambda document: document.digest)))
     small, large = documents.capped(100_000), documents.capped(200_000)
@@ -104,7 +69,7 @@ def test_size_cap_is_a_nested_choice_independent_of_names_and_split():
     assert len(small.skipped["over max_bytes"]) == 2000 - len(small)
     numbers = [int(document.name.removesuffix(".py")) for document in small]
     assert min(numbers) < 200 and max(numbers) > 1800, "the cap took the first names, not a sample"
-    assert 0.2 < len(corpus.split(small, 0.3)[1]) / len(small) < 0.4
+    assert 0.2 < sum(document.side < 0.3 for document in small) / len(small) < 0.4
     with pytest.raises(ValueError, match="max_bytes=10: the first document"):
         documents.capped(10)
 
@@ -118,26 +83,48 @@ def test_special_tokens_have_v3s_ids(tokenizer):
     assert tokenizer.decode([0, *tokenizer.encode("x"), 1], skip_special=True) == "x"
 
 
-def test_round_trip_of_any_text(tokenizer):
+@pytest.mark.parametrize("kind", ["bpe", "bpe with fim", "bytes", "bytes with fim"])
+def test_round_trip_of_any_text(tokenizer, kind, tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     strategies = hypothesis.strategies
+    fim = kind.endswith("fim")
+    if kind == "bpe with fim":
+        texts = [document.text for document in make_documents(20)]
+        tokenizer = train_bpe(texts, 300, tmp_path / "tokenizer.json", fim=True, progress=False)
+    elif kind.startswith("bytes"):
+        tokenizer = byte_tokenizer(fim=fim)
+    specials = [*SPECIAL_TOKENS, *FIM_TOKENS]
     pieces = strategies.one_of(
         strategies.text(),
-        strategies.sampled_from([*SPECIAL_TOKENS, "\r\n", "\t  ", "12345", "你好、カナ", "e\u0301", "👩‍🚀", "\x00"]),
+        strategies.sampled_from([*specials, "\r\n", "\t  ", "12345", "你好、カナ", "e\u0301", "👩‍🚀", "\x00"]),
     )
 
     lengths = tokenizer.byte_lengths()
-    assert lengths.shape == (tokenizer.vocab_size,) and not lengths[:3].any()
+    special_ids = {0, 1, 2, *(tokenizer.fim_ids or ())}
+    assert len(special_ids) == (6 if fim else 3)
+    assert lengths.shape == (tokenizer.vocab_size,) and not lengths[list(special_ids)].any()
 
-    @hypothesis.settings(max_examples=60, deadline=None, database=None)
+    @hypothesis.settings(max_examples=40, deadline=None, database=None)
     @hypothesis.given(strategies.lists(pieces, max_size=6).map("".join))
     def check(text):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert not {0, 1, 2} & set(ids), "text became a special token"
+        assert not special_ids & set(ids), "text became a special token"
         assert lengths[ids].sum() == len(text.encode())
 
     check()
+
+
+def test_byte_tokenizer_is_the_bytes_after_the_special_tokens(tmp_path):
+    plain, fim = byte_tokenizer(), byte_tokenizer(fim=True)
+    text = "aé\n" + EOS_TOKEN
+    assert plain.encode(text) == fim.encode(text) == [byte + 3 for byte in text.encode()]
+    assert (plain.vocab_size, fim.vocab_size, plain.fim_ids, fim.fim_ids) == (259, 262, None, (259, 260, 261))
+    assert [fim.decode([i]) for i in fim.fim_ids] == list(FIM_TOKENS)
+    assert plain.encode(text, special=True)[-1] == plain.eos_id and plain.byte_lengths().tolist() == [0] * 3 + [1] * 256
+    loaded = load_tokenizer(plain.save(tmp_path / "tokenizer.json"))
+    assert loaded.encode(text) == plain.encode(text) and loaded.sha256 == plain.sha256
+    assert loaded.strings()[3 + ord("x")] == "x" and 3 + 0xC3 not in loaded.strings()
 
 
 def test_special_tokens_only_on_request(tokenizer):
@@ -173,6 +160,8 @@ def test_training_a_bpe_is_repeatable(tokenizer, tmp_path):
 def test_tokenizer_errors(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"vocab_size=258: .* at least 259"):
         train_bpe(["text"], 258, tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"vocab_size=261: 6 special tokens .* at least 262"):
+        train_bpe(["text"], 261, tmp_path / "x.json", fim=True)
     with pytest.raises(ValueError, match="no text to train"):
         train_bpe([""], 300, tmp_path / "x.json")
     with pytest.raises(ValueError, match="no such file"):
@@ -196,7 +185,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     path = storage.write_atomic(tmp_path / "sub" / "a.txt", "old\r\n")
-    monkeypatch.setattr(storage.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         storage.write_atomic(path, "new")
     with pytest.raises(OSError, match="no space"):
@@ -204,143 +193,92 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old\r\n" and list(path.parent.iterdir()) == [path]
 
 
+def prepare(documents, tokenizer, folder, **options):
+    options = {"content_hash": content_hash(documents), "progress": False, **options}
+    return tokens.prepare(documents, tokenizer, folder, **options)
+
+
 def test_prepare_stores_each_document_between_bos_and_eos(tokenizer, tmp_path):
-    documents = make_documents(20)
-    files = tokens.prepare({"train": documents[:15], "held_out": documents[15:]}, tokenizer, tmp_path, progress=False)
-    ordered = sorted(documents[15:], key=lambda document: document.digest)
-    expected = [i for document in ordered for i in [0, *tokenizer.encode(document.text), 1]]
-    array = files.array("held_out")
-    assert array.dtype == np.uint16 and array.tolist() == expected
-    assert isinstance(array, np.memmap) and not array.flags.writeable
-    split = files.splits["held_out"]
-    assert (split.tokens, split.documents) == (len(expected), 5)
-    assert split.text_bytes == sum(len(document.text.encode()) for document in documents[15:])
+    documents = make_documents(60)
+    files = prepare(documents, tokenizer, tmp_path, held_out_below=0.3)
+    for split, side in (("train", False), ("held_out", True)):
+        chosen = [document for document in documents if (document.side < 0.3) == side]
+        array = files.array(split)
+        assert array.tolist() == [i for document in chosen for i in [0, *tokenizer.encode(document.text), 1]]
+        assert array.dtype == np.uint16 and isinstance(array, np.memmap) and not array.flags.writeable
+        text_bytes = sum(len(document.text.encode()) for document in chosen)
+        assert files.splits[split] == tokens.Split(len(array), len(chosen), text_bytes)
+    assert sorted(file.name for file in files.folder.iterdir()) == ["held_out.npy", "meta.json", "train.npy"]
     with pytest.raises(ValueError, match=r"split='test': this corpus has \['held_out', 'train'\]"):
         files.array("test")
 
 
+def test_prepare_reads_a_stream_chunk_by_chunk(tokenizer, tmp_path, monkeypatch):
+    documents, chunks = make_documents(90), []
+    whole = prepare(documents, tokenizer, tmp_path / "whole").array("train")
+    encode = tokens._Encoder.__call__
+    monkeypatch.setattr(tokens, "_CHUNK_BYTES", 2_000)
+    monkeypatch.setattr(tokens._Encoder, "__call__", lambda self, chunk: chunks.append(chunk) or encode(self, chunk))
+    stream, folder = (document for document in documents), tmp_path / "stream"
+    files = tokens.prepare(stream, tokenizer, folder, content_hash=content_hash(documents), progress=False)
+    np.testing.assert_array_equal(files.array("train"), whole)
+    assert len(chunks) > 9 and max(map(len, chunks)) < 10
+
+
 def test_prepare_reuses_the_cache_and_mends_it(tokenizer, tmp_path, monkeypatch):
-    splits = {"train": make_documents(10)}
-    first = tokens.prepare(splits, tokenizer, tmp_path, progress=False)
+    documents = make_documents(10)
+    first = prepare(documents, tokenizer, tmp_path)
     whole = first.array("train").tolist()
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "_encode", None)  # would fail if called
-        again = tokens.prepare(splits, tokenizer, tmp_path, progress=False)
+        patch.setattr(tokens, "_Encoder", None)  # would fail if called
+        again = prepare(documents, tokenizer, tmp_path)
     assert again.reused and not first.reused and again.splits == first.splits
-    path = first.folder / "train.npy"
-    path.write_bytes(path.read_bytes()[:-4])
-    mended = tokens.prepare(splits, tokenizer, tmp_path, progress=False)
+    file = first.folder / "train.npy"
+    file.write_bytes(file.read_bytes()[:-4])
+    mended = prepare(documents, tokenizer, tmp_path)
     assert not mended.reused and mended.array("train").tolist() == whole
-    path.write_bytes(path.read_bytes()[:-4])
+    file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"delete .* to encode the corpus again"):
         mended.array("train")
 
 
-def test_cache_key_knows_text_and_tokenizer(tokenizer, tmp_path):
-    splits = {"train": make_documents(10)}
-    folders = {tokens.prepare(splits, tokenizer, tmp_path, progress=False).folder}
-    folders.add(tokens.prepare({"train": make_documents(11)}, tokenizer, tmp_path, progress=False).folder)
-    other = train_bpe(["other text " * 9], 300, tmp_path / "other.json", progress=False)
-    folders.add(tokens.prepare(splits, other, tmp_path, progress=False).folder)
-    assert len(folders) == 3
-    with pytest.raises(ValueError, match="split 'train' has no documents"):
-        tokens.prepare({"train": []}, tokenizer, tmp_path)
+def test_cache_key_knows_text_tokenizer_split_and_rates(tokenizer, tmp_path):
+    documents = make_documents(10)
+    fim = train_bpe(["other text " * 9], 300, tmp_path / "other.json", fim=True, progress=False)
+    runs = [
+        prepare(documents, tokenizer, tmp_path),
+        prepare(make_documents(11), tokenizer, tmp_path),
+        prepare(documents[::-1], tokenizer, tmp_path),
+        prepare(documents, fim, tmp_path),
+        prepare(documents, fim, tmp_path, fim_rate=0.5),
+        prepare(documents, fim, tmp_path, split_punctuation_rate=0.5),
+        prepare(documents, tokenizer, tmp_path, held_out_below=0.5),
+    ]
+    assert len({files.folder for files in runs}) == len({files.key for files in runs}) == 7
+    assert not any(files.reused for files in runs)
+    with pytest.raises(ValueError, match=r"DataConfig.fim_rate = 0.5: the tokenizer has no tokens .*tokenizer=None"):
+        prepare(documents, tokenizer, tmp_path, fim_rate=0.5)
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(tokenizer, tmp_path):
+    documents = make_documents(3)
+    with pytest.raises(ValueError, match="source 'documents' changed while it was being read"):
+        prepare(documents[:2], tokenizer, tmp_path, content_hash=content_hash(documents))
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_golden_of_documents_to_tokens(tmp_path):
+    """The same on every machine: a change here means that everyone's caches and fingerprints change."""
+    documents = make_documents(50)
+    files = prepare(
+        documents, byte_tokenizer(fim=True), tmp_path, held_out_below=0.1, fim_rate=0.5, split_punctuation_rate=0.5
+    )
+    hashes = {split: hashlib.sha256(files.array(split).tobytes()).hexdigest()[:16] for split in files.splits}
+    assert hashes == {"train": "683a47b2a31f47fb", "held_out": "5c71bcffade97116"}
+    assert files.splits["train"].infilled == 23
 
 
 def test_progress_in_a_log_is_plain_lines(tokenizer, tmp_path, capsys):
-    tokens.prepare({"train": make_documents(10)}, tokenizer, tmp_path)
+    prepare(make_documents(10), tokenizer, tmp_path, progress=True, name="train")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("encoding train: 0.0 MB in ")
-
-
-# From config to batches
-
-
-@pytest.fixture
-def text_folder(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for document in make_documents(40):
-        (folder / document.name).write_text(document.text)
-    return folder
-
-
-def config_for(folder, **fields) -> DataConfig:
-    settings = {"source": str(folder), "vocab_size": 300, "cache_dir": str(folder.parent / "cache")}
-    return DataConfig(**{**settings, "held_out_fraction": 0.2, **fields})
-
-
-def test_load_is_repeatable_and_cached(text_folder, tmp_path):
-    config = config_for(text_folder)
-    data = load(config, 32, tmp_path / "run", model_vocab_size=300, progress=False)
-    again = load(config, 32, tmp_path / "other", progress=False)
-    assert again.files.reused and again.fingerprint == data.fingerprint
-    assert load_tokenizer(tmp_path / "run").sha256 == data.tokenizer.sha256
-    batch = next(data.train_batches(4, seed=0))
-    np.testing.assert_array_equal(batch["tokens"], next(again.train_batches(4, seed=0))["tokens"])
-    assert set(batch) == {"tokens"} and batch["tokens"].max() < data.tokenizer.vocab_size
-    held_out = sum((batch["segment_ids"][:, 1:] > 0).sum() for batch in data.held_out_batches(4))
-    assert held_out == data.files.splits["held_out"].tokens - 1
-    assert data.bytes_per_token == data.files.splits["held_out"].bytes_per_token > 1
-    assert json.loads(json.dumps(data.summary()))["splits"]["train"]["documents"] == len(
-        corpus.split(corpus.folder(text_folder), 0.2)[0]
-    )
-
-
-def test_fingerprint_knows_text_tokenizer_split_and_window(text_folder, tmp_path):
-    found = []
-
-    def add(seq_len=32, **fields):
-        found.append(load(config_for(text_folder, **fields), seq_len, tmp_path / str(len(found)), progress=False))
-
-    add()
-    add(seq_len=16)
-    add(vocab_size=290)
-    add(held_out_fraction=0.4)
-    add(max_bytes=8000)
-    add(cross_document_attention=False)
-    (text_folder / "3.py").write_text("changed")
-    add()
-    assert len({data.fingerprint for data in found}) == 7
-    assert "segment_ids" in found[5].train[0] and found[4].skipped["over max_bytes"] > 0
-
-
-def test_load_without_held_out(text_folder, tmp_path):
-    data = load(config_for(text_folder, held_out_fraction=0.0), 32, tmp_path / "run", progress=False)
-    assert data.held_out is None and not list(data.held_out_batches(4))
-    assert data.bytes_per_token == data.files.splits["train"].bytes_per_token
-
-
-def test_load_takes_a_given_tokenizer(text_folder, tokenizer, tmp_path):
-    path = tokenizer.save(tmp_path / "mine.json")
-    data = load(config_for(text_folder, tokenizer=str(path)), 32, tmp_path / "run", progress=False)
-    assert data.tokenizer.sha256 == tokenizer.sha256
-
-
-def test_load_errors(text_folder, tmp_path):
-    config = config_for(text_folder)
-    with pytest.raises(ValueError, match="vocab_size=280 of the model is smaller"):
-        load(config, 32, tmp_path / "a", model_vocab_size=280, progress=False)
-    with pytest.raises(ValueError, match=r"the train split has .* seq_len=100000"):
-        load(config, 100_000, tmp_path / "a", progress=False)
-    load(config, 32, tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match=r"another tokenizer than .* vocab_size=290 give now"):
-        load(config_for(text_folder, vocab_size=290), 32, tmp_path / "run", progress=False)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("source", ""),
-        ("patterns", "*.txt"),
-        ("patterns", ()),
-        ("max_bytes", 0),
-        ("vocab_size", 258),
-        ("tokenizer_sample_bytes", 0),
-        ("held_out_fraction", 1.0),
-    ],
-)
-def test_config_errors_name_field_and_value(field, value):
-    with pytest.raises(ValueError) as error:
-        DataConfig(**{field: value})
-    assert f"DataConfig.{field} = {value!r}: " in str(error.value)

@@ -1,7 +1,7 @@
 """Documents: text files as a corpus, the same on every machine whatever the order of its folders.
 
-A document is known by a hash of its text. The hash picks the subset under a size cap, the order, and the side of the
-train / held-out split, so none of them depends on paths, on the file system or on a seed.
+A document is known by a hash of its text. The hash picks the side of the train / held-out split and, of a folder, the
+order and the subset under a size cap, so none of them depends on paths, on the file system or on a seed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Files that differ between two builds of one Python version; without them equal versions give equal corpora.
@@ -42,6 +42,12 @@ class Document:
         """Length of the text in UTF-8, bytes."""
         return len(self.text.encode())
 
+    @property
+    def side(self) -> float:
+        """A number in [0, 1) from the digest's second half, held out where it is low. The order (and so the size cap
+        of a folder) goes by the first half."""
+        return int.from_bytes(self.digest[8:14], "big") / 2**48
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence[Document]):
@@ -49,7 +55,8 @@ class Documents(Sequence[Document]):
 
     Fields:
         items: the documents, ordered by digest.
-        skipped: reason -> names of the files left out for it: "not UTF-8", "empty", "duplicate", "over max_bytes".
+        skipped: reason -> names of the files left out for it: "not UTF-8", "empty", "duplicate", "over max_bytes",
+            "over max_document_bytes".
     """
 
     items: tuple[Document, ...]
@@ -75,6 +82,12 @@ class Documents(Sequence[Document]):
         left_out = ", ".join(f"{len(names):,} {reason}" for reason, names in sorted(self.skipped.items()) if names)
         return f"{line} (left out: {left_out})" if left_out else line
 
+    def without_longer(self, max_document_bytes: int) -> Documents:
+        """The documents of at most so many bytes."""
+        kept = tuple(document for document in self.items if document.n_bytes <= max_document_bytes)
+        left_out = tuple(document.name for document in self.items if document.n_bytes > max_document_bytes)
+        return Documents(kept, {**self.skipped, **({"over max_document_bytes": left_out} if left_out else {})})
+
     def capped(self, max_bytes: int) -> Documents:
         """The first documents in digest order whose text fits into `max_bytes`: a pseudo-random subset that is the
         same everywhere, and that a larger cap contains. ValueError when not even the first one fits."""
@@ -92,7 +105,7 @@ class Documents(Sequence[Document]):
                 else f"max_bytes={max_bytes}: there are no documents to choose from"
             )
         left_out = tuple(document.name for document in self.items[kept:])
-        return Documents(self.items[:kept], {**self.skipped, "over max_bytes": left_out})
+        return Documents(self.items[:kept], {**self.skipped, **({"over max_bytes": left_out} if left_out else {})})
 
 
 def folder(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> Documents:
@@ -107,12 +120,12 @@ def folder(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> Do
     """
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise ValueError(f"source={str(path)!r}: no such folder; give the path of a folder of text files")
+        raise ValueError(f"path={str(path)!r}: no such folder; give the path of a folder of text files")
     files = [file for file in _walk(root, lambda name: name.startswith(".")) if _matches(file.name, patterns)]
     documents = _read(files, root)
     if not documents:
         raise ValueError(
-            f"source={str(path)!r}: no text in {len(files)} files that match patterns={tuple(patterns)}; "
+            f"path={str(path)!r}: no text in {len(files)} files that match patterns={tuple(patterns)}; "
             f"give other patterns or another folder ({documents.describe()})"
         )
     return documents
@@ -132,52 +145,8 @@ def python_stdlib() -> Documents:
     ]
     documents = _read(files, root)
     if not documents:
-        raise ValueError(f"source='python-stdlib': no .py files in {root}; give a folder of text files as the source")
+        raise ValueError(f"PythonStdlib: no .py files in {root}; give TextFiles(path=...) as the source")
     return documents
-
-
-def split(documents: Sequence[Document], held_out_fraction: float) -> tuple[Documents, Documents]:
-    """Splits by a hash of the content: a document stays on its side whatever else is in the corpus, and its copies
-    with it.
-
-    Args:
-        documents: the corpus.
-        held_out_fraction: expected share of documents held out, in [0, 1); above 0, at least one document is.
-    Returns: (train, held out), both in digest order; `skipped` empty.
-    Raises: ValueError when a side would be empty (held out may be, at fraction 0).
-    """
-    if not 0 <= held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction={held_out_fraction}: give a share in [0, 1)")
-    needed = 2 if held_out_fraction else 1
-    if len({document.digest for document in documents}) < needed:
-        raise ValueError(
-            f"held_out_fraction={held_out_fraction}: the corpus has {len(documents)} documents, and the split is by "
-            f"document; give at least {needed} different ones"
-            + (", or held_out_fraction=0" if documents and held_out_fraction else "")
-        )
-    threshold = held_out_fraction
-    if held_out_fraction:
-        lowest, second = sorted({_side(document) for document in documents})[:2]
-        # A small corpus may have no document under the fraction, a high fraction all of them: one stays on each side.
-        threshold = max(threshold, (lowest + second) / 2)
-        threshold = min(threshold, max(_side(document) for document in documents))
-    sides: tuple[list[Document], list[Document]] = ([], [])
-    for document in sorted(documents, key=lambda document: document.digest):
-        sides[_side(document) < threshold].append(document)
-    return Documents(tuple(sides[0])), Documents(tuple(sides[1]))
-
-
-def content_hash(documents: Iterable[Document]) -> str:
-    """Hex blake2b of the set of texts: independent of order, names and paths."""
-    total = hashlib.blake2b(digest_size=16)
-    for digest in sorted(document.digest for document in documents):
-        total.update(digest)
-    return total.hexdigest()
-
-
-def _side(document: Document) -> float:
-    """A number in [0, 1) from the digest's second half; the order (and so the size cap) goes by the first half."""
-    return int.from_bytes(document.digest[8:14], "big") / 2**48
 
 
 def _walk(root: Path, left_out) -> Iterator[Path]:

@@ -5,162 +5,220 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from pathlib import Path
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.corpus import Document
+from deepseek_jax.data.pipeline import Mixture, TokenSource, batches
+from deepseek_jax.data.reading import Corpus, Scan, held_out_below
+from deepseek_jax.data.sources import shares_of
+from deepseek_jax.data.tokenizer import BYTES, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from deepseek_jax.data.tokens import HELD_OUT, TRAIN, TokenFiles, prepare
+from deepseek_jax.serialize import to_dict
+from deepseek_jax.storage import AnyPath, cache_folder, path
 
-from deepseek_jax.data import corpus
-from deepseek_jax.data.config import PYTHON_STDLIB, DataConfig
-from deepseek_jax.data.pipeline import TokenSource, batches, held_out_batches
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from deepseek_jax.data.tokens import TokenFiles, prepare
-
-_TRAIN, _HELD_OUT = "train", "held_out"
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A corpus ready to be read.
+    """Sources ready to be read. All dicts go by the sources' names.
 
     Fields:
         config: what it was made from.
-        tokenizer: its tokenizer.
-        files: the encoded corpus and its counts: `files.splits["train"].tokens`, `.bytes_per_token` and so on.
-        train: windows to train on.
-        held_out: windows never trained on, with `segment_ids`; None when held_out_fraction is 0.
-        skipped: reason -> number of files left out of the corpus.
-        fingerprint: hex hash of the text, the tokenizer, and how they are cut: two runs with one fingerprint and one
-            seed read the same batches.
+        tokenizer: their tokenizer.
+        scans: what was found in each source.
+        files: the encoded sources and their counts: `files["text"].splits["train"].tokens` and so on.
+        train: windows to train on, in the proportions of the weights.
+        held_out: windows never trained on, with `segment_ids`; sources without held-out documents are not in it.
+        fingerprint: hex hash of the texts, the tokenizer, and how they are cut and mixed: two runs with one fingerprint
+            and one seed read the same batches.
     """
 
     config: DataConfig
     tokenizer: Tokenizer
-    files: TokenFiles
-    train: TokenSource
-    held_out: TokenSource | None
-    skipped: dict[str, int]
+    scans: dict[str, Scan]
+    files: dict[str, TokenFiles]
+    train: Mixture
+    held_out: dict[str, TokenSource]
     fingerprint: str
 
     @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text per token of the held-out split (of the train split where there is none):
-        bits per byte = loss in nats per token / ln 2 / bytes_per_token."""
-        return self.files.splits[_TRAIN if self.held_out is None else _HELD_OUT].bytes_per_token
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Source -> reason -> how many of its files or records were left out."""
+        return {name: scan.skipped for name, scan in self.scans.items()}
 
     def train_batches(self, batch_size: int, seed: int, **options: Any) -> Any:
         """An endless, resumable iterator of shuffled train batches; see `pipeline.batches`."""
-        return batches(self.train, batch_size, seed, **options)
+        return batches(self.train if len(self.files) > 1 else self.train.sources[0], batch_size, seed, **options)
 
-    def held_out_batches(self, batch_size: int, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-        """The held-out windows once, in order; none at held_out_fraction 0. See `pipeline.held_out_batches`."""
-        return iter(()) if self.held_out is None else held_out_batches(self.held_out, batch_size, **options)
+    def epochs(self, n_tokens: float) -> dict[str, float]:
+        """How often a run of so many tokens reads the training windows of each source."""
+        parts = zip(self.files, self.train.sources, self.train.shares, strict=True)
+        return {name: n_tokens * share / (len(source) * source.seq_len) for name, source, share in parts}
 
     def summary(self) -> dict[str, Any]:
         """What a manifest should say about the data: counts and hashes, ready for JSON."""
+        epochs, sources = self.epochs(1e9), {}
+        for name, source, share in zip(self.files, self.config.sources, self.train.shares, strict=True):
+            scan, files = self.scans[name], self.files[name]
+            sources[name] = {
+                "kind": type(source).__name__,
+                "share": share,
+                "epochs_per_1e9_tokens": epochs[name],
+                "documents": scan.documents,
+                "text_bytes": scan.text_bytes,
+                "content_hash": scan.content_hash,
+                "splits": {
+                    split: {**dataclasses.asdict(counts), "bytes_per_token": counts.bytes_per_token}
+                    for split, counts in files.splits.items()
+                },
+                "skipped": scan.skipped,
+                "skipped_places": {reason: list(places) for reason, places in scan.places.items()},
+                "cut_short_at_max_bytes": scan.cut_short,
+            }
         return {
-            "source": self.config.source,
             "fingerprint": self.fingerprint,
-            "content_hash": self.files.content_hash,
             "tokenizer_hash": self.tokenizer.sha256,
             "tokenizer_vocab_size": self.tokenizer.vocab_size,
-            "splits": {name: dataclasses.asdict(split) for name, split in self.files.splits.items()},
-            "skipped": self.skipped,
+            "sources": sources,
         }
 
 
 def load(
     config: DataConfig,
     seq_len: int,
-    run_dir: str | os.PathLike[str],
+    run_dir: AnyPath | None,
     *,
     model_vocab_size: int | None = None,
     progress: bool = True,
 ) -> Data:
-    """Reads the corpus, trains or reads the tokenizer, encodes (or finds it all in the cache).
+    """Reads the sources, trains or reads the tokenizer, encodes (or finds it all in the cache).
 
     Args:
         config: what to read.
         seq_len: tokens predicted in a window.
-        run_dir: the run's folder. Its tokenizer.json is written, so that the run can be used without its corpus.
+        run_dir: the run's folder. Its tokenizer.json is written, so that the run can be used without its corpus. None
+            writes none.
         model_vocab_size: the model's vocabulary, checked against the tokenizer's.
         progress: whether progress goes to stderr.
-    Raises: ValueError for an empty corpus, one shorter than a window, a tokenizer too large for the model, or
-        another tokenizer than the run began with.
+    Raises: ValueError for a source that is missing, empty, ill-formed or shorter than a window, a tokenizer too large
+        for the model, or another tokenizer than the run began with.
     """
-    documents = read_corpus(config)
-    train_documents, held_out_documents = corpus.split(documents, config.held_out_fraction)
-    cache_dir = _cache_dir(config)
-    tokenizer = _tokenizer(config, train_documents, Path(run_dir) / "tokenizer.json", cache_dir, progress)
+    cache_dir = path(config.cache_dir or cache_folder())
+    corpora = [
+        Corpus(name, source, config.max_document_bytes)
+        for name, source in zip(config.names, config.sources, strict=True)
+    ]
+    scans = [corpus.scan(cache_dir, progress=progress) for corpus in corpora]
+    below = held_out_below(scans, config.held_out_fraction)
+    tokenizer = _tokenizer(config, corpora, scans, below, cache_dir, progress)
     if model_vocab_size is not None:
         tokenizer.require_fits(model_vocab_size)
-    splits = {_TRAIN: train_documents} | ({_HELD_OUT: held_out_documents} if held_out_documents else {})
-    files = prepare(splits, tokenizer, cache_dir, progress=progress)
+    if run_dir is not None:
+        _keep(tokenizer, path(run_dir) / "tokenizer.json", config)
+    files = {
+        corpus.name: prepare(
+            corpus, tokenizer, cache_dir, content_hash=scan.content_hash, text_bytes=scan.text_bytes,
+            held_out_below=below, fim_rate=config.fim_rate, split_punctuation_rate=config.split_punctuation_rate,
+            name=corpus.name, progress=progress,
+        )
+        for corpus, scan in zip(corpora, scans, strict=True)
+    }  # fmt: skip
     window: dict[str, Any] = {
         "eos_id": tokenizer.eos_id,
         "cross_document_attention": config.cross_document_attention,
     }
-    train = TokenSource(files.array(_TRAIN), seq_len, name=_TRAIN, **window)
-    held_out = None
-    if held_out_documents:
-        held_out = TokenSource(files.array(_HELD_OUT), seq_len, name=_HELD_OUT, pad_last=True, **window)
+    train, held_out = [], {}
+    for name, encoded in files.items():
+        if TRAIN not in encoded.splits:
+            raise ValueError(
+                f"DataConfig.held_out_fraction = {config.held_out_fraction!r}: it takes all "
+                f"{encoded.splits[HELD_OUT].documents} documents of source {name!r}; give the source more documents"
+            )
+        train.append(TokenSource(encoded.array(TRAIN), seq_len, name=f"train split of source {name!r}", **window))
+        if HELD_OUT in encoded.splits:
+            array = encoded.array(HELD_OUT)
+            held_out[name] = TokenSource(array, seq_len, name=f"held-out split of {name!r}", pad_last=True, **window)
+        elif config.held_out_fraction:
+            _logger.warning(
+                "source %r: none of its %d documents is held out (held_out_fraction=%s), so it is not evaluated",
+                name, encoded.splits[TRAIN].documents, config.held_out_fraction,
+            )  # fmt: skip
     return Data(
         config=config,
         tokenizer=tokenizer,
+        scans=dict(zip(config.names, scans, strict=True)),
         files=files,
-        train=train,
+        train=Mixture(train, [source.weight for source in config.sources]),
         held_out=held_out,
-        skipped={reason: len(names) for reason, names in documents.skipped.items()},
-        fingerprint=fingerprint(files, seq_len, config.cross_document_attention),
+        fingerprint=_fingerprint(config, list(files.values()), seq_len),
     )
 
 
-def read_corpus(config: DataConfig) -> corpus.Documents:
-    """The documents that `config` names, after its size cap. Raises ValueError when there are none."""
-    if config.source == PYTHON_STDLIB:
-        documents = corpus.python_stdlib()
-    else:
-        documents = corpus.folder(config.source, config.patterns)
-    return documents if config.max_bytes is None else documents.capped(config.max_bytes)
-
-
-def fingerprint(files: TokenFiles, seq_len: int, cross_document_attention: bool) -> str:
-    """Hex hash of all that decides which windows there are: text, tokenizer, split, window length, masking."""
+def _fingerprint(config: DataConfig, files: Sequence[TokenFiles], seq_len: int) -> str:
+    """Of all that decides which windows come; the names of the sources and their places do not."""
+    weights = [repr(share) for share in shares_of(config.sources)]
     parts = {
-        "content": files.content_hash,
-        "tokenizer": files.tokenizer_hash,
+        "sources": list(zip((encoded.key for encoded in files), weights, strict=True)),  # text, tokenizer, split, rates
         "seq_len": seq_len,
-        "cross_document_attention": cross_document_attention,
+        "cross_document_attention": config.cross_document_attention,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _tokenizer(config: DataConfig, train: corpus.Documents, of_run: Path, cache_dir: Path, progress: bool) -> Tokenizer:
-    """The tokenizer that the config names, or one trained (or trained before) on `train`; kept in the run's folder."""
+def _tokenizer(
+    config: DataConfig, corpora: Sequence[Corpus], scans: Sequence[Scan], below: float, cache_dir: Any, progress: bool
+) -> Tokenizer:
+    """The tokenizer that the config names, or one trained (or trained before) on the training documents."""
+    fim = config.fim_rate > 0
+    if config.tokenizer == BYTES:
+        return byte_tokenizer(fim=fim)
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-    else:
-        sample = train.capped(max(config.tokenizer_sample_bytes, train[0].n_bytes))
-        path = cache_dir / "tokenizers" / f"{corpus.content_hash(sample)}-{config.vocab_size}.json"
-        if path.exists():
-            tokenizer = load_tokenizer(path)
-        else:
-            texts = (document.text for document in sample)
-            tokenizer = train_bpe(texts, config.vocab_size, path, progress=None if progress else False)
+        return load_tokenizer(config.tokenizer)
+    budgets = [round(share * config.tokenizer_sample_bytes) for share in shares_of(config.sources)]
+    texts = [[scan.content_hash, budget] for scan, budget in zip(scans, budgets, strict=True)]
+    key = hashlib.blake2b(json.dumps([texts, below, config.vocab_size, fim]).encode(), digest_size=16).hexdigest()
+    file = cache_dir / "tokenizers" / f"{key}.json"
+    if file.exists():
+        return load_tokenizer(file)
+    sample = [
+        document.text
+        for corpus, scan, budget in zip(corpora, scans, budgets, strict=True)
+        for document in _sample(corpus, scan, below, budget)
+    ]
+    return train_bpe(sample, config.vocab_size, file, fim=fim, progress=None if progress else False)
+
+
+def _sample(corpus: Corpus, scan: Scan, below: float, budget: int) -> Iterator[Document]:
+    """About `budget` bytes of training documents, at least one: those whose digests are the lowest. (A stream shows
+    them in another order, so there a bound on the digest is estimated.)"""
+    bound = 2**64 * min(1.0, budget / max(1.0, scan.text_bytes * (1 - below)))
+    total, first = 0, None
+    for document in corpus:
+        if document.side < below:
+            continue
+        first = first or document
+        if corpus.is_stream and int.from_bytes(document.digest[:8], "big") > bound:
+            continue
+        total += document.n_bytes
+        if total > max(budget, document.n_bytes):
+            return
+        yield document
+    if not total and first is not None:
+        yield first
+
+
+def _keep(tokenizer: Tokenizer, of_run: Any, config: DataConfig) -> None:
+    """The tokenizer in the run's folder: written by the first run, the same for all that go on."""
     if not of_run.exists():
         tokenizer.save(of_run)
     elif load_tokenizer(of_run).sha256 != tokenizer.sha256:
+        sources = [to_dict(source) for source in config.sources]
         raise ValueError(
-            f"{of_run} is another tokenizer than source={config.source!r}, tokenizer={config.tokenizer!r}, "
-            f"vocab_size={config.vocab_size} give now: the corpus or the config has changed since this run began; "
-            f"undo that, or start a new run folder"
+            f"{of_run} is another tokenizer than sources={sources}, tokenizer={config.tokenizer!r}, "
+            f"vocab_size={config.vocab_size}, fim_rate={config.fim_rate} give now: the corpus or the config has changed "
+            f"since this run began; undo that, or start a new run folder"
         )
-    return tokenizer
-
-
-def _cache_dir(config: DataConfig) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek_jax"

@@ -1,12 +1,16 @@
-"""Tokens to batches, through Grain: windows by index, shuffled, repeated, batched, and resumed at once.
+"""Tokens to batches, through Grain: windows by index, shuffled, repeated, mixed, batched, and resumed at once.
 
-The whole pipeline is a function from a batch number to a batch (a random-access source, an index permutation an
-epoch, no buffer of shuffled examples), so an iterator's state is one number and restoring it replays nothing.
+The whole pipeline is a function from a batch number to a batch (random-access sources, an index permutation an epoch,
+a fixed interleaving of sources, no buffer of shuffled examples), so an iterator's state is one number and restoring it
+replays nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -47,7 +51,7 @@ class TokenSource:
         needed = 2 if pad_last else seq_len + 1
         if len(tokens) < needed:
             raise ValueError(
-                f"the {name} split has {len(tokens)} tokens, one window of seq_len={seq_len} needs {needed}: "
+                f"the {name} has {len(tokens)} tokens, one window of seq_len={seq_len} needs {needed}: "
                 f"give more text or a shorter seq_len"
             )
         self._tokens = tokens
@@ -85,6 +89,69 @@ class TokenSource:
         return f"TokenSource(windows={self._len}, seq_len={self.seq_len})"
 
 
+class Mixture:
+    """Windows of several sources in fixed proportions, without end.
+
+    The sources are interleaved evenly rather than drawn: of the first n windows each source has its share, up to the
+    number of sources. Which window of which source stands at an index is arithmetic, so the mixture is random access
+    too. (Grain's `MapDataset.mix` does the same with weights rounded to a hundredth of the smallest; here they are
+    exact.)
+    """
+
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
+        """
+        Args:
+            sources: `TokenSource`s, or others with `__len__` and `__getitem__`.
+            weights: of each, greater than 0; taken as the decimal numbers that they print as.
+        Raises: ValueError where the numbers differ, or a weight is not above 0.
+        """
+        if len(sources) != len(weights) or not sources or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"weights={list(weights)}: give each of the {len(sources)} sources one greater than 0")
+        self.sources = tuple(sources)
+        exact = [Fraction(str(weight)) for weight in weights]
+        self._parts = [int(weight * math.lcm(*(w.denominator for w in exact))) for weight in exact]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each source's share of the windows; they add up to 1."""
+        return tuple(part / sum(self._parts) for part in self._parts)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of the source, how many of its windows came before) at one index of the mixture."""
+        rest, before, after = sum(self._parts), index, index + 1
+        for number, part in enumerate(self._parts):
+            # The sources from here on have `before` of the first `index` windows; this one all but the others' share.
+            others_before, others_after = before * (rest - part) // rest, after * (rest - part) // rest
+            if after - others_after > before - others_before:
+                return number, before - others_before
+            rest, before, after = rest - part, others_before, others_after
+        raise AssertionError("some source has every index")
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The window at an index, not shuffled; sources begin anew when they end."""
+        number, i = self.place(index)
+        return self.sources[number][i % len(self.sources[number])]
+
+    def __repr__(self) -> str:
+        return f"Mixture({self.sources}, shares={self.shares})"
+
+
+class _Places:
+    """A mixture as what Grain calls a selection map."""
+
+    def __init__(self, mixture: Mixture):
+        self._mixture = mixture
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._mixture.place(index)
+
+
 def batches(
     source: Any,
     batch_size: int,
@@ -95,11 +162,11 @@ def batches(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Any:
-    """An endless Grain iterator of shuffled batches, in a new order each epoch; an epoch's last batch is filled from
-    the next epoch.
+    """An endless Grain iterator of shuffled batches, each source in a new order each of its epochs; where an epoch ends
+    within a batch, the next one fills it.
 
     Args:
-        source: a `TokenSource`, or anything with `__len__` and `__getitem__` that gives dicts of arrays.
+        source: a `Mixture`; or a `TokenSource`, or anything with `__len__` and `__getitem__` that gives dicts of arrays.
         batch_size: windows in the global batch, B.
         seed: of the shuffle, in [0, 2**32).
         process_index, process_count: this process gets rows [process_index * B / process_count, ...) of the global
@@ -114,9 +181,20 @@ def batches(
     _require_shares(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be in [0, 2**32)")
-    if not 0 < len(source) < 2**32:
-        raise ValueError(f"the source has {len(source)} windows: the shuffle takes from 1 to 2**32 - 1")
-    dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    parts = source.sources if isinstance(source, Mixture) else (source,)
+    for part in parts:
+        if not 0 < len(part) < 2**32:
+            raise ValueError(f"{part} has {len(part)} windows: the shuffle takes from 1 to 2**32 - 1")
+    # Seeds far apart, since Grain adds the number of the epoch to them.
+    seeds = [(seed + number * 0x9E3779B1) % 2**32 for number in range(len(parts))]
+    datasets = [
+        grain.MapDataset.source(part).shuffle(seed=its_seed).repeat()
+        for part, its_seed in zip(parts, seeds, strict=True)
+    ]
+    dataset = datasets[0]
+    if len(parts) > 1:
+        places: Any = _Places(source)
+        dataset = grain.MapDataset.select_from_datasets(datasets, places)
     # Batches of one process' share first, then every process_count-th of them: rows of a global batch stay adjacent.
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
