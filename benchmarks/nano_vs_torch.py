@@ -110,8 +110,7 @@ def ours(options: argparse.Namespace) -> dict:
     from deepseek_jax.data.config import DataConfig
     from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
     from deepseek_jax.training import MultiStep, RunConfig
-    from deepseek_jax.training.optimizer import make_optimizer
-    from deepseek_jax.training.state import TrainState, abstract_state
+    from deepseek_jax.training.state import abstract_state, new_state
     from deepseek_jax.training.step import compile_train_step, place_batch
 
     sys.path.insert(0, str(TESTS))
@@ -128,9 +127,8 @@ def ours(options: argparse.Namespace) -> dict:
     )  # fmt: skip
     mesh = make_mesh(MeshConfig())
     weights = jax.tree.map(jnp.asarray, hf_to_variables(load_file(folder / "model.safetensors"), model))
-    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
     with use_mesh(mesh):
-        state = TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(weights["params"]), **weights)
+        state = new_state(config, weights["params"], weights["router"])
         # Placed as a step returns it, else the second step would compile anew.
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)))
         train_step = compile_train_step(config, mesh)

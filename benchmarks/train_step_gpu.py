@@ -15,15 +15,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-import deepseek_jax as dsj
 from deepseek_jax.config import MLA, ModelConfig, MoE, Rope
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.metrics.flops import peak_flops, train_flops_per_token
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from deepseek_jax.training.config import MultiStep, RunConfig
+from deepseek_jax.training import MultiStep, RunConfig
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import compile_train_step, place_batch
-
-PEAK = 989.5e12  # dense bf16 of an H100 or H200 SXM, FLOP/s
 
 
 def model(remat: str) -> ModelConfig:
@@ -40,15 +38,6 @@ def model(remat: str) -> ModelConfig:
         ),
         rope=Rope(interleaved=True), max_position_embeddings=8192, param_dtype="bfloat16",
     )  # fmt: skip
-
-
-def flops_per_token(config: ModelConfig, length: int) -> float:
-    """6 per active matrix parameter (head counted, embedding not) and causal attention; recomputation not counted."""
-    c = config.attention
-    assert isinstance(c, MLA)
-    active = dsj.count_params(config).active_without_embedding
-    scores = config.num_hidden_layers * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return 6 * active + 3 * scores * length
 
 
 def main() -> None:
@@ -88,7 +77,8 @@ def main() -> None:
                 continue
         seconds, count = statistics.median(times), options.batch * options.length
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-        mfu = flops_per_token(config, options.length) * count / seconds / PEAK
+        peak_rate = peak_flops(jax.devices()[0].device_kind, config.dtype) or float("nan")
+        mfu = train_flops_per_token(config, options.length) * count / seconds / peak_rate
         print(
             f"remat {remat:5s} batch {options.batch}: {count / seconds:8.0f} tok/s  {seconds * 1e3:6.1f} ms "
             f"(min {min(times) * 1e3:.1f} max {max(times) * 1e3:.1f})  MFU {100 * mfu:.1f} %  peak {peak:.1f} GiB  "

@@ -6,6 +6,7 @@ prediction: everything that makes V3, small.
 
 from deepseek_jax import get_config as model
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.sources import PythonStdlib
 from deepseek_jax.training import MultiStep, RunConfig
 
 
@@ -13,7 +14,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         model=model("deepseek-v3-nano"),
         data=DataConfig(
-            source="python-stdlib", vocab_size=2048, max_bytes=10_000_000, tokenizer_sample_bytes=3_000_000
+            sources=(PythonStdlib(max_bytes=10_000_000),), vocab_size=2048, tokenizer_sample_bytes=3_000_000
         ),
         schedule=MultiStep(peak=4e-3, warmup_steps=20),
         steps=150,

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
         YarnScaling,
     )
     from deepseek_jax.infer.generate import continue_text, generate, load_run
+    from deepseek_jax.metrics.report import report
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
-    from deepseek_jax.training import RunConfig, train
+    from deepseek_jax.training import RunConfig, certify, train
 
 # Public name -> module that defines it: the block above, for the interpreter. A test holds the two equal.
 _HOME = {
@@ -41,6 +42,8 @@ _HOME = {
     "count_params": "models.counts",
     "Counts": "models.counts",
     "train": "training",
+    "certify": "training",
+    "report": "metrics.report",
     "RunConfig": "training",
     "generate": "infer.generate",
     "load_run": "infer.generate",
@@ -70,12 +73,14 @@ __all__ = [
     "RunConfig",
     "YarnScaling",
     "__version__",
+    "certify",
     "continue_text",
     "count_params",
     "generate",
     "get_config",
     "list_configs",
     "load_run",
+    "report",
     "train",
 ]
 

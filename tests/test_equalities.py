@@ -123,7 +123,7 @@ def _loss_and_gradient(config):
     totals = make_totals(batch, config.num_nextn_predict_layers, jnp.float64)
 
     def total(params):
-        return loss_parts(run, params, variables.get("router", {}), batch, totals)[0]
+        return loss_parts(run, params, variables.get("router", {}), batch, totals, 0.3)[0]
 
     return jax.value_and_grad(total), variables["params"]
 

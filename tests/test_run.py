@@ -19,13 +19,16 @@ CONFIG = textwrap.dedent(
     from dataclasses import replace
     from deepseek_jax import get_config as model
     from deepseek_jax.data.config import DataConfig
+    from deepseek_jax.data.sources import TextFiles
     from deepseek_jax.training import MultiStep, RunConfig
 
     def get_config():
         return RunConfig(
             model=replace(model("deepseek-v3-micro"), vocab_size=320, num_hidden_layers=2),
             schedule=MultiStep(peak=1e-2, warmup_steps=2),
-            data=DataConfig(source={text!r}, vocab_size=300, held_out_fraction=0.2, cache_dir={cache!r}),
+            data=DataConfig(
+                sources=(TextFiles(path={text!r}),), vocab_size=300, held_out_fraction=0.2, cache_dir={cache!r}
+            ),
             steps=6, batch_size=8, seq_len=24, log_every=1, checkpoint_every=3, eval_sequences=4,
             sample_prompts=("a",), sample_tokens=4,
         )

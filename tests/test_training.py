@@ -11,8 +11,7 @@ from helpers import assert_trees_close, micro, random_tokens, run_config
 from deepseek_jax.layers.balance import exempt_sequences
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.training.bias import max_violation, updated_bias
-from deepseek_jax.training.config import MultiStep
-from deepseek_jax.training.optimizer import decayed, learning_rate
+from deepseek_jax.training.optimizer import decayed
 from deepseek_jax.training.state import abstract_state, init_state
 from deepseek_jax.training.step import compile_train_step, make_train_step, place_batch
 
@@ -123,17 +122,6 @@ def test_sharded_init_and_step_equal_one_device(kind, layout):
     np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-5)
     assert_trees_close(new.opt_state[1][0].mu, expected.opt_state[1][0].mu, rtol=1e-4)
     assert_trees_close(metrics["router"], expected_metrics["router"], rtol=1e-5)
-
-
-def test_schedule_as_printed():
-    schedule = MultiStep(peak=4.2e-4, warmup_steps=2000)
-    rate = [float(learning_rate(schedule, 100_000, step)) for step in (0, 1999, 79_999, 80_000, 89_999, 90_000)]
-    np.testing.assert_allclose(rate, [4.2e-4 / 2000, 4.2e-4, 4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316, 4.2e-5], rtol=1e-6)
-
-
-def test_warm_up_past_the_milestones_never_rises():
-    schedule = MultiStep(peak=1.0, warmup_steps=2000)
-    assert max(float(learning_rate(schedule, 200, step)) for step in range(160, 200)) < 159 / 2000
 
 
 def test_float16_training_is_refused():

@@ -13,12 +13,21 @@ from deepseek_jax.cli.device import choose_platform
 VERBS = {
     "models": ("deepseek_jax.cli.models", "list the members of the family and their parameter counts"),
     "train": ("deepseek_jax.cli.train", "train from a config file, or continue the run in its folder"),
+    "data": ("deepseek_jax.cli.data", "inspect what a run reads: counts, and the first batches as text"),
+    "report": ("deepseek_jax.cli.report", "write one HTML page on a run: figures, curves, heat maps, samples"),
+    "certify": (
+        "deepseek_jax.cli.certify",
+        "prove that a config's run, killed and started again, is bit for bit the same",
+    ),
     "generate": ("deepseek_jax.cli.generate", "continue a prompt with the model of a run"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 where an input was refused.
+    """Run one verb; returns the exit code.
+
+    0: done. 2: an input was refused. 74: a checkpoint could not be written. 75: stopped by a signal, all progress saved;
+    the same command goes on. 76: too many updates in a row were not finite. 124: a step hung.
 
     With DEEPSEEK_JAX_TRACEBACK=1 a refused input raises instead, so that its traceback shows.
     """
@@ -37,12 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_platform()
     try:
         importlib.import_module(VERBS[verb][0]).run(words[1:])
-    except ValueError as error:
-        if os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
+    except Exception as error:
+        code = 2 if isinstance(error, ValueError) else getattr(error, "exit_code", None)
+        if code is None or os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
             raise
         print(f"deepseek-jax {verb}: {error}", file=sys.stderr)
-        print("(DEEPSEEK_JAX_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
-        return 2
+        if code == 2:
+            print("(DEEPSEEK_JAX_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
+        if getattr(error, "busy", False):  # a compilation cannot be broken off: end the process over it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     return 0
 
 

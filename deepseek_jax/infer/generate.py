@@ -7,7 +7,7 @@ engine with caches must equal it.
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from os import PathLike
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deepseek_jax import storage
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.types import Array
 
@@ -148,8 +149,8 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
-    """Model, newest (or given) checkpoint and tokenizer of a run folder.
+def load_run(run_dir: str | PathLike[str], step: int | None = None) -> LoadedRun:
+    """Model, newest good (or given) checkpoint and tokenizer of a run folder.
 
     Raises:
         ValueError: no manifest, no checkpoint, or one that does not fit the manifest's configuration.
@@ -161,13 +162,13 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
     from deepseek_jax.parallel.rules import unbox
     from deepseek_jax.serialize import from_dict
 
-    run_dir = Path(run_dir)
+    run_dir = storage.path(run_dir)
     manifest = run_dir / "manifest.json"
     if not manifest.exists():
         raise ValueError(f"{run_dir} is no run folder: it has no manifest.json; give the --run-dir of a training run")
     config = from_dict(ModelConfig, json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"])
     with Store(run_dir / "checkpoints", read_only=True) as store:
-        step = store.latest() if step is None else step
+        step = store.latest_good() if step is None else step
         if step is None:
             raise ValueError(f"{run_dir} has no checkpoint yet: let the run reach its first one")
         variables, _ = store.restore_params(unbox(abstract_variables(config)), step)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from deepseek_jax.types import Array, RouterStats
 
 
-def updated_bias(bias_LE: Array, load_LE: Array, speed: float) -> Array:
+def updated_bias(bias_LE: Array, load_LE: Array, speed: Array | float) -> Array:
     """b_i + γ · sign(mean load − load_i), layer by layer; an expert at the mean keeps its bias.
 
     The load is that of the whole global batch of an optimizer step, and this is called once per step.
@@ -18,7 +18,7 @@ def updated_bias(bias_LE: Array, load_LE: Array, speed: float) -> Array:
     return bias_LE + (speed * jnp.sign(error_LE)).astype(bias_LE.dtype)
 
 
-def update_router(router: Any, stats: dict[str, RouterStats], speed: float) -> Any:
+def update_router(router: Any, stats: dict[str, RouterStats], speed: Array | float) -> Any:
     """The `router` collection after a step: every stack's bias moved by that stack's load."""
     return {
         name: jax.tree.map(lambda bias, name=name: updated_bias(bias, stats[name].load, speed), group)
@@ -30,3 +30,9 @@ def max_violation(load_LE: Array) -> Array:
     """MaxVio of each layer: highest load over the mean, minus 1 (arXiv 2408.15664, eq. 4). 0 is perfect balance."""
     mean_L = jnp.maximum(load_LE.mean(axis=-1), 1e-20)
     return load_LE.max(axis=-1) / mean_L - 1
+
+
+def bias_spread(group: Any) -> Array:
+    """Largest less smallest selection bias of each layer, of one stack's part of the `router` collection."""
+    [bias_LE] = jax.tree.leaves(group)
+    return bias_LE.max(axis=-1) - bias_LE.min(axis=-1)

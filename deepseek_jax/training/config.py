@@ -1,36 +1,13 @@
 """What a training run is: model, data, recipe, mesh. A config file's `get_config()` returns a `RunConfig`."""
 
+import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.parallel.mesh import MeshConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiStep:
-    """Linear warm-up, then a constant rate that drops at given shares of the run (DeepSeek LLM, section 2.3)."""
-
-    peak: float
-    """Learning rate after warm-up."""
-    warmup_steps: int = 2000
-    milestones: tuple[float, ...] = (0.8, 0.9)
-    """Shares of all steps at which the rate changes."""
-    factors: tuple[float, ...] = (0.316, 0.1)
-    """Rate over `peak` from each milestone on."""
-
-    def __post_init__(self) -> None:
-        def check(condition: bool, name: str, remedy: str) -> None:
-            require(condition, "MultiStep", name, getattr(self, name), remedy)
-
-        check(self.peak > 0, "peak", "must be greater than 0")
-        check(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
-        check(
-            list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones),
-            "milestones", "must rise and lie between 0 and 1",
-        )  # fmt: skip
-        check(len(self.factors) == len(self.milestones), "factors", f"needs one per milestone: {self.milestones}")
-        check(all(factor > 0 for factor in self.factors), "factors", "must be greater than 0")
+from deepseek_jax.training.schedule import BatchRamp, ByTokens, Plan, Schedule, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +20,8 @@ class AdamW:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What both moments are stored in; they are computed in float32 (V3, section 3.3.3: bfloat16)."""
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -53,25 +32,51 @@ class AdamW:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeSkip:
+    """Leaves out updates whose loss or gradient norm stands out from those before (as OLMo 2 and Levanter do)."""
+
+    window: int = 128
+    """Applied updates looked back on; none is left out before half of them are there."""
+    sigma: float = 6.0
+    """Standard deviations above their mean from which an update is left out."""
+
+    def __post_init__(self) -> None:
+        require(self.window >= 4, "SpikeSkip", "window", self.window, "must be at least 4")
+        require(self.sigma > 0, "SpikeSkip", "sigma", self.sigma, "must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run."""
+    """One training run.
+
+    A step consumes a batch. Its length is given by `steps`, by `train_tokens`, or by both: then the schedule goes by
+    `train_tokens` and the run ends at `steps`, where that comes first.
+    """
 
     model: ModelConfig
-    schedule: MultiStep
-    steps: int
+    schedule: Schedule
     batch_size: int
-    """Sequences of an optimizer step, over all devices and accumulation steps."""
+    """Sequences of an optimizer step, over all devices and accumulation steps; with a ramp, of the last steps."""
     seq_len: int
     """Tokens of a sequence."""
+    steps: int | None = None
+    """Batches that the run consumes; None: as many as `train_tokens` need."""
+    train_tokens: int | None = None
+    """Tokens that the schedule is laid out for; None: those of all steps."""
+    batch_ramp: BatchRamp | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: AdamW = field(default_factory=AdamW)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     accumulation: int = 1
-    """Pieces in which a step's batch is worked off; the result does not depend on it."""
-    mtp_loss_weight: float = 0.3
-    """λ of the multi-token loss (V3 section 4.2: 0.3, then 0.1)."""
-    bias_update_speed: float = 0.001
-    """γ of the selection bias (V3 section 4.2: 0.001, then 0)."""
+    """Pieces in which a full batch is worked off, one after the other; the result does not depend on it."""
+    mtp_loss_weight: float | ByTokens = 0.3
+    """λ of the multi-token loss (V3 section 4.2: 0.3 for 10T tokens, then 0.1)."""
+    bias_update_speed: float | ByTokens = 0.001
+    """γ of the selection bias (V3 section 4.2: 0.001 for 14.3T tokens, then 0). 0 leaves the bias as it is."""
+    ema_decay: float | None = None
+    """Decay a step of a running mean of the weights, kept beside them and evaluated too (V3 section 3.2.3)."""
+    init_from: str | None = None
+    """Run folder whose last checkpoint gives the weights and selection biases of step 0; the optimizer begins anew."""
     loss_chunk: int = 512
     """Positions whose logits exist at once."""
     seed: int = 0
@@ -79,25 +84,96 @@ class RunConfig:
     eval_every: int = 0
     """Steps between held-out evaluations; 0: only before the first and after the last step."""
     eval_sequences: int = 64
-    """Held-out sequences of one evaluation, at most."""
+    """Held-out sequences of one evaluation, at most, of each source."""
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    verify_checkpoints: Literal["full", "sampled", "off"] = "full"
+    """How much of a checkpoint is compared with its SHA-256 manifest before it is restored; "off" writes none either."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a failed save (a full disk) does to the run; "continue" tries again at the next checkpoint."""
+    spike_skip: SpikeSkip | None = None
+    max_skipped_in_a_row: int = 10
+    """The run stops, and saves the batches, when so many updates in a row were not finite, or spikes."""
+    hang_timeout_s: float = 1800.0
+    """Seconds without progress (a step, a compilation, an evaluation) after which the process prints the stacks of all
+    threads and ends; 0: never."""
+    profile: str | None = None
+    """"A:B" writes a trace of the steps A to B - 1 into the run folder, for xprof."""
+    writers: tuple[str, ...] = ()
+    """Where metrics go beside metrics.jsonl: "tensorboard", "wandb", or "package.module:factory"."""
     sample_prompts: tuple[str, ...] = ()
     """Texts that the finished model continues."""
     sample_tokens: int = 64
+
+    @property
+    def plan(self) -> Plan:
+        """Which steps read which tokens."""
+        return make_plan(self.batch_size, self.seq_len, self.batch_ramp)
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole run."""
+        if self.train_tokens is None:
+            assert self.steps is not None
+            return self.steps
+        whole = self.plan.steps_for(self.train_tokens)
+        return whole if self.steps is None else min(self.steps, whole)
+
+    @property
+    def horizon(self) -> int:
+        """Tokens that the schedule is laid out for."""
+        return self.plan.tokens_before(self.last_step) if self.train_tokens is None else self.train_tokens
+
+    @property
+    def piece_size(self) -> int:
+        """Sequences worked off at once, over all devices."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps that `profile` names."""
+        first, last = map(int, (self.profile or "0:0").split(":"))
+        return range(first, last)
 
     def __post_init__(self) -> None:
         def check(condition: bool, name: str, remedy: str) -> None:
             require(condition, "RunConfig", name, getattr(self, name), remedy)
 
+        check(
+            self.steps is not None or self.train_tokens is not None, "steps",
+            "must be a number of steps, unless train_tokens says how long the run is",
+        )  # fmt: skip
         for name in (
-            "steps", "batch_size", "seq_len", "accumulation", "loss_chunk", "log_every", "eval_sequences",
-            "checkpoint_every", "keep_checkpoints", "sample_tokens",
+            "steps", "train_tokens", "batch_size", "seq_len", "accumulation", "loss_chunk", "log_every",
+            "eval_sequences", "checkpoint_every", "keep_checkpoints", "sample_tokens", "max_skipped_in_a_row",
         ):  # fmt: skip
-            check(getattr(self, name) > 0, name, "must be greater than 0")
-        for name in ("mtp_loss_weight", "bias_update_speed", "eval_every"):
-            check(getattr(self, name) >= 0, name, "must not be negative")
+            check(getattr(self, name) is None or getattr(self, name) > 0, name, "must be greater than 0")
+        for name in ("mtp_loss_weight", "bias_update_speed", "eval_every", "hang_timeout_s"):
+            value = getattr(self, name)
+            check(isinstance(value, ByTokens) or value >= 0, name, "must not be negative")
+        check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "must lie between 0 and 1, or be None")
+        check(
+            self.profile is None or (bool(re.fullmatch(r"\d+:\d+", self.profile)) and len(self.profile_steps) > 0),
+            "profile", 'must be "A:B" with A < B, such as "10:15"',
+        )  # fmt: skip
+        self._check_batches(check)
+        self._check_model(check)
+
+    def _check_batches(self, check) -> None:
         check(self.batch_size % self.accumulation == 0, "accumulation", f"must divide batch_size = {self.batch_size}")
+        if (ramp := self.batch_ramp) is not None:
+            grown = self.batch_size - ramp.start
+            check(
+                grown > 0 and grown % ramp.increment == 0, "batch_ramp",
+                f"must reach batch_size = {self.batch_size} from start in whole increments",
+            )  # fmt: skip
+            check(
+                ramp.start % self.piece_size == 0 and ramp.increment % self.piece_size == 0, "batch_ramp",
+                f"needs start and increment in multiples of batch_size / accumulation = {self.piece_size}, which is "
+                f"worked off at once: raise accumulation",
+            )  # fmt: skip
+
+    def _check_model(self, check) -> None:
         check(
             self.seq_len <= self.model.max_position_embeddings, "seq_len",
             f"must not exceed the model's max_position_embeddings = {self.model.max_position_embeddings}",

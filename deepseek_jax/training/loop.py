@@ -1,140 +1,297 @@
 """The training loop, flat enough to read: prepare, restore, step, log, evaluate, save, draw."""
 
+from __future__ import annotations
+
+import os
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from deepseek_jax import storage
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.dataset import load
+from deepseek_jax.metrics.adapters import check_writers, open_writers
+from deepseek_jax.metrics.flops import peak_flops, train_flops_per_token
 from deepseek_jax.metrics.manifest import write_manifest
-from deepseek_jax.metrics.plots import loss_curve, router_heatmap
 from deepseek_jax.metrics.progress import Progress
+from deepseek_jax.metrics.report import report
 from deepseek_jax.metrics.writer import JsonlWriter, read_jsonl
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
+from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.serialize import check_types, to_dict
+from deepseek_jax.training.begin import fresh, pinned_fields, resume
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.devices import fit_dtype
 from deepseek_jax.training.evaluate import make_evaluation
-from deepseek_jax.training.state import TrainState, abstract_state, init_state
+from deepseek_jax.training.guard import all_finite
+from deepseek_jax.training.interrupt import Interrupt, Stopped
+from deepseek_jax.training.run import Run, check_prompts, draw, draw_samples
+from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step import compile_train_step, place_batch
+from deepseek_jax.training.trouble import NotFinite, SaveFailed, SkipWatch
+from deepseek_jax.training.watchdog import Watchdog
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished call of `train`."""
+def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool = True) -> Run:
+    """Train, or continue the run in `run_dir` from its last good checkpoint.
 
-    run_dir: Path
-    config: RunConfig
-    state: TrainState
-    metrics: list[dict[str, Any]]
-    """The lines of metrics.jsonl."""
-    plots: list[Path]
-    checkpoint: Path
-    samples: list[tuple[str, str]]
-    """Prompt and continuation."""
-
-    def summary(self) -> str:
-        """What the run came to, for a person to read: held-out figures, samples, where things lie."""
-        lines = []
-        evaluated = [line for line in self.metrics if "held_out_bits_per_byte" in line]
-        if evaluated:
-            before, after = (line["held_out_bits_per_byte"] for line in (evaluated[0], evaluated[-1]))
-            lines.append(
-                f"held-out bits per byte: {before:.3f} before, {after:.3f} after {evaluated[-1]['step']} steps"
-            )
-        for prompt, text in self.samples:
-            lines += ["", f"--- {prompt!r} goes on:", prompt + text]
-        lines += ["", *(f"plot        {path}" for path in self.plots), f"checkpoint  {self.checkpoint}"]
-        return "\n".join(lines)
-
-
-def train(config: RunConfig, run_dir: str | Path, *, progress: bool = True) -> Run:
-    """Train, or continue the run in `run_dir` from its last checkpoint.
-
-    The folder holds manifest.json, tokenizer.json, metrics.jsonl (a line a logged step), checkpoints/ and plots/.
+    The folder holds manifest.json, tokenizer.json, metrics.jsonl (a line a logged step), checkpoints/, plots/,
+    samples.jsonl and report.html.
 
     Raises:
         ValueError: a field of the wrong type or value, a mesh that does not fit the devices, data that does not fit
-            the model, or a checkpoint that does not fit the configuration. All before the first step.
+            the model, a checkpoint that does not fit the configuration, a folder that another run holds. All before
+            the first step.
+        Stopped: SIGTERM or SIGINT came; all progress is saved, and the same call goes on.
+        NotFinite: too many updates in a row were left out.
+        SaveFailed: a checkpoint could not be written.
     """
     check_types(config)
-    run_dir = Path(run_dir)
+    check_writers(config.writers)
+    run_dir = storage.path(run_dir)
     model, message = fit_dtype(config.model)
     config = replace(config, model=model)
     mesh = make_mesh(config.mesh)
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    if config.batch_size // config.accumulation % batch_shards:
-        raise ValueError(
-            f"RunConfig.batch_size = {config.batch_size} in {config.accumulation} accumulation steps cannot be split "
-            f"over the {batch_shards} devices that share the batch: make batch_size a multiple of "
-            f"{config.accumulation * batch_shards}"
+    _check_pieces(config, mesh)
+    with ExitStack() as stack:
+        lock = stack.enter_context(storage.RunLock(run_dir)) if jax.process_index() == 0 else None
+        interrupt = stack.enter_context(Interrupt())
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout_s, run_dir))
+        say = Progress(config.last_step, shown=progress).message
+        if message:
+            say(message)
+        template = abstract_state(config, mesh)  # checks that the mesh divides every parameter, before anything long
+        data = load(config.data, config.seq_len, run_dir, model_vocab_size=config.model.vocab_size, progress=progress)
+        check_prompts(config, data.tokenizer)
+        stack.enter_context(use_mesh(mesh))
+        manifests = config.verify_checkpoints != "off"
+        store = stack.enter_context(Store(run_dir / "checkpoints", keep=config.keep_checkpoints, manifests=manifests))
+        loop = _Loop(config, run_dir, mesh, data, store, interrupt, watchdog)
+        loop.begin(template, say)
+        names = config.writers if jax.process_index() == 0 else ()
+        writers = open_writers(names, run_dir, to_dict(config), resume_step=loop.resumed_from)
+        for writer in writers:
+            stack.callback(writer.close)
+        bar = stack.enter_context(Progress(config.last_step, loop.step, shown=progress))
+        log = stack.enter_context(JsonlWriter(run_dir / "metrics.jsonl", resume_step=loop.resumed_from))
+        interrupt.deferred = True
+        try:
+            loop.run(log, writers, bar, lock)
+        except Stopped as stop:
+            log.flush()
+            loop.save(bar.message)
+            loop.finish_saves(bar.message)
+            where = f"at step {loop.step} of {config.last_step}" + (", which is saved" if loop.step else "")
+            raise Stopped(
+                f"{interrupt.requested}: stopped {where}; the same command goes on from there", loop.step, stop.thread
+            ) from None
+        loop.finish_saves(bar.message)
+        metrics = read_jsonl(run_dir / "metrics.jsonl")
+        samples = draw_samples(config, loop.state, data.tokenizer, loop.step, run_dir)
+        plots = draw(metrics, run_dir / "plots", config.model.num_dense_layers)
+        return Run(
+            run_dir=run_dir,
+            config=config,
+            state=loop.state,
+            metrics=metrics,
+            plots=plots,
+            checkpoint=run_dir / "checkpoints" / str(loop.step),
+            report=report(run_dir),
+            samples=samples,
         )
-    reporter = Progress(config.steps, shown=progress)
-    if message:
-        reporter.message(message)
-    template = abstract_state(config, mesh)  # checks that the mesh divides every parameter, before anything long
-    data = load(config.data, config.seq_len, run_dir, model_vocab_size=config.model.vocab_size, progress=progress)
-    batches = data.train_batches(config.batch_size, config.seed)
-    tokens_per_step = config.batch_size * config.seq_len
-    order = {"data_fingerprint": data.fingerprint, "batch_size": config.batch_size, "seed": config.seed}
-    _check_prompts(config, data.tokenizer)
 
-    with use_mesh(mesh), Store(run_dir / "checkpoints", keep=config.keep_checkpoints) as store:
-        first = store.latest()
-        if first is None:
-            state = init_state(config, mesh)
+
+class _Loop:
+    """A run's state and what it is made with. `state`, `batches` and `step` agree whenever a method returns or raises."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Any, mesh: Mesh, data: Any, store: Store, interrupt: Interrupt,
+        watchdog: Watchdog,
+    ):  # fmt: skip
+        self.config, self.run_dir, self.mesh, self.data = config, run_dir, mesh, data
+        self.store, self.interrupt, self.watchdog = store, interrupt, watchdog
+        self.batches = data.train_batches(config.piece_size, config.seed)
+        self.pinned = pinned_fields(to_dict(config), data.fingerprint)
+        self.evaluate = make_evaluation(config, mesh, data)
+        self.jitted, self.compiled = compile_train_step(config, mesh), {}
+        self.step = 0
+        self.resumed_from: int | None = None
+        self.saved: int | None = None
+        self.compiling_s = 0.0
+        """Seconds that compiling the step took since the last log line: no part of its speed."""
+        self.line: dict[str, Any] | None = None
+        """A metrics line whose evaluation is still to come; saved too, so that an interrupted one is made up for."""
+        peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
+        self.peak = peak and peak * mesh.size
+        self.flops_per_token = train_flops_per_token(config.model, config.seq_len)
+
+    def begin(self, template: TrainState, say: Any) -> None:
+        """Takes the state from the last good checkpoint, or makes that of step 0, and writes the manifest."""
+        self.watchdog.beat("restoring or making the first state")
+        resumed = resume(self.config, template, self.store, self.batches, self.pinned, say)
+        if resumed is None:
+            self.state = self._aside(lambda: fresh(self.config, self.mesh, self.run_dir, say))
         else:
-            state, meta = store.restore(template, batches, first)
-            _same_order(meta, order)
-        step = first or 0
+            self.state, self.step, note = resumed
+            self.resumed_from = self.saved = self.step
+            self.line = note.get("line")
+            if self.step < self.config.last_step:
+                say(f"continuing {self.run_dir} from step {self.step}")
         write_manifest(
-            run_dir, to_dict(config),
-            {"seeds": {"run": config.seed}, "mesh": dict(mesh.shape), "data": data.summary(), "from_step": step},
+            self.run_dir, to_dict(self.config),
+            {
+                "seeds": {"run": self.config.seed}, "mesh": dict(self.mesh.shape), "data": self.data.summary(),
+                "from_step": self.step,
+            },
         )  # fmt: skip
-        evaluate = make_evaluation(config, mesh, data)
-        train_step = compile_train_step(config, mesh)
-        with (
-            JsonlWriter(run_dir / "metrics.jsonl", resume_step=first) as log,
-            Progress(config.steps, step, shown=progress) as bar,
-        ):
-            if first is None:
-                log.write({"step": 0, "tokens": 0, **evaluate(state)})
-            elif step < config.steps:
-                bar.message(f"continuing {run_dir} from step {step}")
-            since, since_step = time.perf_counter(), step
-            while step < config.steps:
-                state, metrics = train_step(state, place_batch(next(batches), mesh))
-                step += 1
-                last = step == config.steps
-                evaluated = last or (config.eval_every and step % config.eval_every == 0)
-                if step % config.log_every == 0 or evaluated:
-                    line = _line(metrics)  # waits for the device
-                    now = time.perf_counter()
-                    line["tokens_per_second"] = (step - since_step) * tokens_per_step / (now - since)
-                    line = {"step": step, "tokens": step * tokens_per_step, **line}
-                    if evaluated:
-                        line |= evaluate(state)
-                    log.write(line)
-                    bar.update(step, {"loss": line["loss"], "tok/s": line["tokens_per_second"]})
-                    since, since_step = time.perf_counter(), step
-                if step % config.checkpoint_every == 0 or last:
-                    store.save(step, state, batches, order | {"tokens": step * tokens_per_step})
-        store.wait()
 
-    metrics = read_jsonl(run_dir / "metrics.jsonl")
-    return Run(
-        run_dir=run_dir,
-        config=config,
-        state=state,
-        metrics=metrics,
-        plots=_plots(metrics, run_dir / "plots", config.model.num_dense_layers),
-        checkpoint=run_dir / "checkpoints" / str(step),
-        samples=_samples(config, state, data.tokenizer),
-    )
+    def run(self, log: JsonlWriter, writers: list[Any], bar: Progress, lock: storage.RunLock | None) -> None:
+        """Steps to the end."""
+        config = self.config
+        skips = SkipWatch(config, self.run_dir, bar.message, int(self.state.guard.skipped))
+        if self.resumed_from is None:
+            self.line = {"step": 0, "tokens": 0}
+        if self.line is not None:
+            self._log(log, writers, bar, evaluate=True)
+        since, since_tokens = time.perf_counter(), self.tokens
+        tracing = False
+        while self.step < config.last_step:
+            train_step = self._train_step()
+            if self.interrupt.check(self.step):
+                raise Stopped(f"{self.interrupt.requested} came")
+            tracing = self._trace(tracing)
+            host = self._next_batch()
+            self.state, metrics = train_step(self.state, place_batch(host, self.mesh))
+            self.step += 1
+            skips.consumed(self.step, host, metrics)
+            self.watchdog.beat(f"step {self.step}")
+            last = self.step == config.last_step
+            evaluate = last or bool(config.eval_every and self.step % config.eval_every == 0)
+            if self.step % config.log_every == 0 or evaluate:
+                skips.look()
+                self.line = _line(metrics)  # waits for the device
+                now = time.perf_counter()
+                speed = (self.tokens - since_tokens) / (now - since - self.compiling_s)
+                self.line = {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    **self.line,
+                    "batch_size": len(host["tokens"]),
+                    "tokens_per_second": speed,
+                    **({"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}),
+                }
+                self._log(log, writers, bar, evaluate)
+                since, since_tokens, self.compiling_s = time.perf_counter(), self.tokens, 0.0
+            if self.step % config.checkpoint_every == 0 or last:
+                skips.look()
+                log.flush()  # lines that the checkpoint has passed are not written again
+                if lock is not None:
+                    lock.check()
+                self.save(bar.message)
+        self._trace(tracing, end=True)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return self.config.plan.tokens_before(self.step)
+
+    def save(self, say: Any) -> None:
+        """Saves this step, unless it is saved.
+
+        Raises: NotFinite, SaveFailed.
+        """
+        if self.saved == self.step or self.step == 0:
+            return
+        self.watchdog.beat(f"saving step {self.step}")
+        if not bool(all_finite(self.state)):
+            raise NotFinite(f"the state of step {self.step} holds numbers that are not finite: it is not saved")
+        note = {"tokens": self.tokens, "pinned": self.pinned, "line": self.line}
+        try:
+            self.store.save(self.step, self.state, self.batches, note)
+            self.saved = self.step
+        except (OSError, ValueError, RuntimeError) as error:
+            self._save_failed(error, say)
+
+    def finish_saves(self, say: Any) -> None:
+        """Returns when the save under way is on disk."""
+        self.watchdog.beat("finishing the last save")
+        try:
+            self.store.wait()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._save_failed(error, say)
+
+    def _save_failed(self, error: Exception, say: Any) -> None:
+        self.saved = None
+        message = (
+            f"step {self.step}: saving a checkpoint to {self.store.directory} failed ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); on disk: steps "
+            f"{self.store.steps()}"
+        )
+        if self.config.on_save_error == "stop":
+            raise SaveFailed(f"{message}. RunConfig.on_save_error = 'continue' would try again later") from error
+        say(f"{message}; going on")
+
+    def _aside(self, work: Any) -> Any:
+        """`work()` under the mesh, in a thread that leaves the main one free to take signals."""
+
+        def under_mesh() -> Any:
+            with use_mesh(self.mesh):
+                return work()
+
+        return self.interrupt.run(under_mesh)
+
+    def _train_step(self) -> Any:
+        """The step compiled for the number of sequences that comes next."""
+        size = self.config.plan.batch_size(self.step)
+        if size not in self.compiled:
+            batch = {}
+            for name, row in self.data.train[0].items():
+                shape = (size, *row.shape)
+                sharding = named_sharding(self.mesh, ("batch", "length"), shape, f"batch {name!r}")
+                batch[name] = jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding)
+            self.watchdog.beat("compiling the train step")
+            start = time.perf_counter()
+            self.compiled[size] = self._aside(lambda: self.jitted.lower(self.state, batch).compile())
+            self.compiling_s += time.perf_counter() - start
+            self.watchdog.beat("reading a batch")
+        return self.compiled[size]
+
+    def _next_batch(self) -> dict[str, np.ndarray]:
+        count = self.config.plan.batch_size(self.step) // self.config.piece_size
+        pieces = [next(self.batches) for _ in range(count)]
+        return pieces[0] if count == 1 else {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
+
+    def _log(self, log: JsonlWriter, writers: list[Any], bar: Progress, evaluate: bool) -> None:
+        assert self.line is not None
+        line = self.line
+        if evaluate:
+            self.watchdog.beat("evaluating")
+            line = line | self._aside(lambda: self.evaluate(self.state))
+        log.write(line)
+        self.line = None
+        for writer in writers:
+            writer.write(line["step"], {name: value for name, value in line.items() if name != "step"})
+        if "loss" in line:
+            bar.update(
+                self.step,
+                {"loss": line["loss"], "tok/s": line["tokens_per_second"]}
+                | ({"MFU": f"{line['mfu']:.1%}"} if "mfu" in line else {}),
+            )
+
+    def _trace(self, tracing: bool, end: bool = False) -> bool:
+        """Starts or ends the profiler's trace; returns whether it runs."""
+        wanted = self.step in self.config.profile_steps and not end
+        if wanted and not tracing:
+            jax.profiler.start_trace(os.fspath(self.run_dir / "profile"))
+        elif tracing and not wanted:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+        return wanted
 
 
 def _line(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -145,53 +302,19 @@ def _line(metrics: dict[str, Any]) -> dict[str, Any]:
         line["loss_mtp"] = depths.mean()
         if depths.size > 1:
             line["loss_mtp_by_depth"] = depths
-    return {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in line.items()}
+    return {
+        name: value.item() if getattr(value, "ndim", None) == 0 else jax.tree.map(np.ndarray.tolist, value)
+        for name, value in line.items()
+        if name != "skipped_in_a_row"
+    }
 
 
-def _same_order(meta: dict[str, Any], order: dict[str, Any]) -> None:
-    """Refuse to continue on other data, or on the same in another order."""
-    for name, value in order.items():
-        if meta.get(name) != value:
-            raise ValueError(
-                f"the checkpoint was made with {name} = {meta.get(name)!r}, the configuration now gives {value!r} "
-                f"(data_fingerprint: corpus, tokenizer, seq_len or masking): undo that, or start a new run folder"
-            )
-
-
-def _check_prompts(config: RunConfig, tokenizer: Any) -> None:
-    """Refuse, before the first step, a sample that will not fit behind the last."""
-    room = config.model.max_position_embeddings - config.sample_tokens - 1
-    for prompt in config.sample_prompts:
-        if len(tokenizer.encode(prompt)) > room:
-            raise ValueError(
-                f"RunConfig.sample_prompts: {prompt!r} and sample_tokens = {config.sample_tokens} are more than the "
-                f"model's max_position_embeddings = {config.model.max_position_embeddings}: shorten one of them"
-            )
-
-
-def _plots(metrics: list[dict[str, Any]], folder: Path, first_moe_layer: int) -> list[Path]:
-    """The pictures of a run: the loss, and the routers' load where there are routers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any("loss" in line for line in metrics):
-        return []
-    plots = [loss_curve(metrics, folder / "loss.png")]
-    if any(line.get("router") for line in metrics):
-        plots.append(router_heatmap(metrics, folder / "router.png", first_layer=first_moe_layer))
-    return plots
-
-
-def _samples(config: RunConfig, state: TrainState, tokenizer: Any) -> list[tuple[str, str]]:
-    """Continuations of `config.sample_prompts` by the model as it stands."""
-    if not config.sample_prompts:
-        return []
-    from deepseek_jax.infer.generate import LoadedRun, continue_text
-    from deepseek_jax.models.transformer import DeepSeek
-
-    variables = {"params": state.params, **({"router": state.router} if state.router else {})}
-    if len(jax.devices()) > 1:  # three prompts cannot be split over a mesh
-        variables = jax.device_put(variables, jax.local_devices()[0])
-    run = LoadedRun(DeepSeek(config.model), variables, tokenizer, config.steps)
-    texts = continue_text(
-        run, config.sample_prompts, max_new_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed
-    )
-    return list(zip(config.sample_prompts, texts, strict=True))
+def _check_pieces(config: RunConfig, mesh: Mesh) -> None:
+    """A piece must spread over the devices that share a batch."""
+    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    if config.piece_size % batch_shards:
+        raise ValueError(
+            f"RunConfig.batch_size = {config.batch_size} in {config.accumulation} accumulation steps cannot be split "
+            f"over the {batch_shards} devices that share the batch: make batch_size a multiple of "
+            f"{config.accumulation * batch_shards}"
+        )

@@ -163,7 +163,14 @@ class Losses:
 
 
 def loss_parts(
-    config: Any, params: Any, router: Any, batch: dict[str, Array], totals: Totals, *, train: bool = True
+    config: Any,
+    params: Any,
+    router: Any,
+    batch: dict[str, Array],
+    totals: Totals,
+    mtp_loss_weight: Array | float,
+    *,
+    train: bool = True,
 ) -> tuple[Array, Losses]:
     """Objective of (a piece of) a batch: main + λ/depth · Σ multi-token (V3 eq. 24–25) + balance losses.
 
@@ -173,6 +180,7 @@ def loss_parts(
         router: selection biases; `{}` where the model has none.
         batch: see `make_targets`.
         totals: of the whole batch of the step, of which `batch` may be a piece.
+        mtp_loss_weight: λ.
         train: drop tokens beyond capacity where the member does so.
     """
     model = DeepSeek(config.model)
@@ -200,5 +208,5 @@ def loss_parts(
             balance += (loss_LB.sum(axis=1) / totals.sequences[name]).sum()
     total = main + balance
     if depth:
-        total += config.mtp_loss_weight / depth * mtp.sum()
+        total += mtp_loss_weight / depth * mtp.sum()
     return total, Losses(main=main, mtp=mtp, balance=balance, router=out.router)

@@ -1,26 +1,14 @@
-"""AdamW and the multi-step schedule, from optax."""
+"""AdamW from optax, with moments stored in a dtype of choice."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.training.config import AdamW, MultiStep
+from deepseek_jax.training.config import AdamW
 from deepseek_jax.types import Array
-
-
-def learning_rate(schedule: MultiStep, steps: int, step: Any) -> Array:
-    """Rate of the update that ends step `step` (counted from 0): linear to the peak, then the factors.
-
-    DeepSeek LLM, section 2.3: 2,000 warm-up steps, ×0.316 from 80 % and ×0.1 from 90 % of the run on.
-    """
-    step = jnp.asarray(step)
-    rate = schedule.peak * jnp.minimum((step + 1) / max(schedule.warmup_steps, 1), 1)
-    share = jnp.ones_like(rate)
-    for milestone, factor in zip(schedule.milestones, schedule.factors, strict=True):
-        share = jnp.where(step >= milestone * steps, factor, share)
-    return rate * share
 
 
 def decayed(params: Any) -> Any:
@@ -33,12 +21,41 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_optimizer(config: AdamW, schedule: MultiStep, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled, masked decay."""
+def make_optimizer(config: AdamW, learning_rate: Callable[[Any], Array]) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decoupled, masked decay.
+
+    Args:
+        config: its constants.
+        learning_rate: rate of an update from the number of updates before it.
+    """
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lambda step: learning_rate(schedule, steps, step),
-            b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed,
+        optax.chain(
+            adam if config.moment_dtype == "float32" else _stored_as(adam, jnp.dtype(config.moment_dtype)),
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(learning_rate),
         ),
-    )  # fmt: skip
+    )
+
+
+def _stored_as(adam: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """Adam whose state keeps both moments in `dtype` between updates (V3, section 3.3.3)."""
+
+    def cast(state: Any, dtypes: Any) -> Any:
+        return state._replace(
+            mu=jax.tree.map(lambda x, d: x.astype(d), state.mu, dtypes),
+            nu=jax.tree.map(lambda x, d: x.astype(d), state.nu, dtypes),
+        )
+
+    def stored(state: Any) -> Any:
+        return cast(state, jax.tree.map(lambda _: dtype, state.mu))
+
+    def init(params: Any) -> Any:
+        return stored(adam.init(params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(grads, cast(state, jax.tree.map(lambda g: g.dtype, grads)), params)
+        return updates, stored(state)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

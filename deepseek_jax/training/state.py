@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import tree_shardings, unbox
 from deepseek_jax.training.config import RunConfig
+from deepseek_jax.training.guard import Guard, init_guard
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.types import Array
 
@@ -19,22 +21,34 @@ class TrainState:
     """Everything a step reads and writes."""
 
     step: Array
-    """Int32: optimizer steps done."""
+    """Int32: updates applied."""
     params: Any
     router: Any
     """Selection biases; `{}` where the model has none."""
     opt_state: Any
+    ema: Any
+    """Running mean of the parameters; `{}` where the run keeps none."""
+    guard: Guard
+
+
+def new_state(config: RunConfig, params: Any, router: Any) -> TrainState:
+    """The state of a run that begins with these weights and selection biases (`{}` where the model has none)."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        router=router,
+        opt_state=make_optimizer(config.optimizer, lambda step: jnp.zeros(())).init(params),
+        # Copies: the step gives its input's memory away, and no buffer can be given twice.
+        ema={} if config.ema_decay is None else jax.tree.map(jnp.copy, params),
+        guard=init_guard(config.spike_skip, at_least_float32(config.model.dtype)),
+    )
 
 
 def _boxed_state(config: RunConfig, key: Array) -> TrainState:
     # Only the number of sequences matters, which the mesh must divide; the compiler drops the forward pass itself.
-    tokens = jnp.zeros((config.batch_size // config.accumulation, 2), jnp.int32)
+    tokens = jnp.zeros((config.piece_size, 2), jnp.int32)
     variables = DeepSeek(config.model).init_boxed(key, tokens)
-    params = variables["params"]
-    opt_state = make_optimizer(config.optimizer, config.schedule, config.steps).init(params)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, router=variables.get("router", {}), opt_state=opt_state
-    )
+    return new_state(config, variables["params"], variables.get("router", {}))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:

@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.parallel.rules import named_sharding
-from deepseek_jax.training.bias import max_violation, update_router
+from deepseek_jax.training.bias import bias_spread, max_violation, update_router
 from deepseek_jax.training.config import RunConfig
+from deepseek_jax.training.guard import chosen, judge
 from deepseek_jax.training.loss import Losses, loss_parts, make_totals
-from deepseek_jax.training.optimizer import learning_rate, make_optimizer
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.schedule import RATES, rates
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.types import Array
 
@@ -25,50 +27,97 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(config: RunConfig) -> TrainStep:
-    """The pure function `train_step(state, batch) -> (state, metrics)` of a run."""
-    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    """The pure function `train_step(state, batch) -> (state, metrics)` of a run.
+
+    A batch has a multiple of `config.piece_size` sequences, worked off in pieces of that size. Learning rate, λ and γ
+    are those of the update number `state.step`.
+    """
+    rates_UR = rates(config)
     depth = config.model.num_nextn_predict_layers
+    wide = at_least_float32(config.model.dtype)
+
+    def rates_at(update: Array) -> dict[str, Array]:
+        row = jnp.asarray(rates_UR, wide)[jnp.minimum(update, len(rates_UR) - 1)]
+        return dict(zip(RATES, row, strict=True))
+
+    optimizer = make_optimizer(config.optimizer, lambda update: rates_at(update)["learning_rate"])
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        totals = make_totals(batch, depth, at_least_float32(config.model.dtype))
+        totals = make_totals(batch, depth, wide)
+        now = rates_at(state.step)
 
         def piece(batch: Batch) -> tuple[Any, Array, Losses]:
             def objective(params: Any) -> tuple[Array, Losses]:
-                return loss_parts(config, params, state.router, batch, totals)
+                return loss_parts(config, params, state.router, batch, totals, now["mtp_loss_weight"])
 
             (total, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
             return grads, total, losses
 
-        grads, total, losses = _summed(piece, batch, config.accumulation)
+        pieces = _pieces(config, batch)
+        grads, total, losses = _summed(piece, batch, pieces)
         # Summed in float32 or wider; the optimizer's state keeps the parameters' dtype whatever the accumulation.
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+        grad_norm = optax.tree.norm(grads)
+        ok, guard = judge(config.spike_skip, state.guard, total, grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         router = state.router
         if router:
-            router = update_router(router, losses.router, config.bias_update_speed)
+            router = update_router(router, losses.router, now["bias_update_speed"])
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            router=router,
+            opt_state=opt_state,
+            ema=_running_mean(config.ema_decay, state.ema, params),
+            guard=guard,
+        )
+        new = replace(chosen(ok, new, replace(state, guard=guard)), guard=guard)
         metrics = {
             "loss": total,
             "loss_main": losses.main,
             "loss_mtp": losses.mtp,
             "loss_balance": losses.balance,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": learning_rate(config.schedule, config.steps, state.step),
+            "grad_norm": grad_norm,
+            **now,
+            "skipped": guard.skipped,
+            "skipped_in_a_row": guard.in_a_row,
             "router": {
                 name: {
                     "load": stats.load,
                     "max_violation": max_violation(stats.load),
-                    "entropy": stats.entropy / config.accumulation,
+                    "entropy": stats.entropy / pieces,
                     "dropped": stats.dropped / jnp.maximum(stats.load.sum(axis=-1), 1),
+                    **({"bias_spread": bias_spread(new.router[name])} if name in new.router else {}),
                 }
                 for name, stats in losses.router.items()
             },
         }
-        new = TrainState(
-            step=state.step + 1, params=optax.apply_updates(state.params, updates), router=router, opt_state=opt_state
-        )
         return new, metrics
 
     return train_step
+
+
+def _pieces(config: RunConfig, batch: Batch) -> int:
+    """In how many pieces a batch is worked off."""
+    rows = batch["tokens"].shape[0]
+    if rows % config.piece_size:
+        raise ValueError(
+            f"a batch of {rows} sequences: must be a multiple of batch_size / accumulation = {config.piece_size}"
+        )
+    return rows // config.piece_size
+
+
+def _running_mean(decay: float | None, ema: Any, params: Any) -> Any:
+    """decay · mean + (1 - decay) · parameters, in float32 or wider."""
+    if decay is None:
+        return ema
+
+    def one(mean: Array, param: Array) -> Array:
+        wide = at_least_float32(mean.dtype)
+        return (decay * mean.astype(wide) + (1 - decay) * param.astype(wide)).astype(mean.dtype)
+
+    return jax.tree.map(one, ema, params)
 
 
 def _summed(piece: Callable[[Batch], Any], batch: Batch, accumulation: int) -> Any:

@@ -1,0 +1,22 @@
+"""DeepSeek LLM 7B's recipe on llm-nano, 200 steps on the source code of Python's standard library: the same shape, small."""
+
+from pathlib import Path
+
+from deepseek_jax import get_config as member
+from deepseek_jax.cli.train import load_config
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.sources import PythonStdlib
+from deepseek_jax.training import RunConfig, scaled_down
+
+
+def get_config() -> RunConfig:
+    return scaled_down(
+        load_config(Path(__file__).with_name("deepseek_llm_7b.py")),
+        model=member("deepseek-llm-nano"),
+        data=DataConfig(sources=(PythonStdlib(max_bytes=10_000_000),), vocab_size=2048),
+        steps=200,
+        batch_size=16,
+        seq_len=256,
+        peak=3e-3,
+        warmup_steps=20,
+    )

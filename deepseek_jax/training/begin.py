@@ -1,0 +1,107 @@
+"""How a run begins: from its own last good checkpoint, from another run's weights, or from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from deepseek_jax import storage
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.training.config import RunConfig
+from deepseek_jax.training.state import TrainState, abstract_state, init_state, new_state
+
+# Fields that decide what a step computes. Others (logging, checkpoints, mesh …) may change from start to start.
+_PINNED = (
+    "model", "schedule", "optimizer", "batch_size", "seq_len", "accumulation", "batch_ramp", "train_tokens",
+    "mtp_loss_weight", "bias_update_speed", "ema_decay", "spike_skip", "seed",
+)  # fmt: skip
+
+
+def resume(
+    config: RunConfig,
+    template: TrainState,
+    store: Store,
+    batches: Any,
+    pinned: dict[str, Any],
+    say: Callable[[str], None],
+) -> tuple[TrainState, int, dict[str, Any]] | None:
+    """State, step and note of the last good checkpoint; None where there is none yet.
+
+    Later steps, which did not verify, are deleted: the run is going to write them again.
+
+    Raises: ValueError where the checkpoint was made by another configuration or from other data.
+    """
+    step = store.latest_good(config.verify_checkpoints, say)
+    if step is None:
+        return None
+    require_same(store.meta(step).get("pinned", {}), pinned)
+    state, meta = store.restore(template, batches, step)
+    for later in store.steps():
+        if later > step:
+            say(f"checkpoint {store.directory / str(later)} is deleted, to be written again")
+            store.discard(later)
+    return state, step, meta
+
+
+def fresh(config: RunConfig, mesh: Mesh, run_dir: Any, say: Callable[[str], None]) -> TrainState:
+    """The state of step 0: drawn from the seed, or with the weights of `config.init_from`."""
+    if config.init_from is None:
+        return init_state(config, mesh)
+    template = abstract_state(config, mesh)
+    params, router = _weights_of(config, template, run_dir, say)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    return jax.jit(lambda p, r: new_state(config, p, r), out_shardings=shardings)(params, router)
+
+
+def pinned_fields(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint's note remembers of `to_dict(config)` and the data, to be compared when the run goes on."""
+    return {name: config[name] for name in _PINNED} | {"data_fingerprint": fingerprint}
+
+
+def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue with another recipe, or on other data.
+
+    Raises: ValueError that names each field that differs.
+    """
+    changes = list(_changes(saved, now, ""))
+    if changes:
+        raise ValueError(
+            "this run folder's checkpoint was made with another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nundo that, or start a new run folder (init_from takes the weights along). data_fingerprint stands for "
+            "corpus, tokenizer, seq_len, masking and mixture"
+        )
+
+
+def _changes(saved: Any, now: Any, where: str) -> Any:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for name in sorted({*saved, *now}):
+            yield from _changes(saved.get(name), now.get(name), f"{where}.{name}" if where else name)
+    elif saved != now:
+        yield f"{where}: {saved!r} in the checkpoint, {now!r} now"
+
+
+def _weights_of(config: RunConfig, template: TrainState, run_dir: Any, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """Parameters and selection biases of the run that `init_from` names."""
+    source = storage.path(config.init_from or "")
+    remedy = "give the folder of a run that has a checkpoint"
+    if not (source / "checkpoints").exists():
+        raise ValueError(f"RunConfig.init_from = {config.init_from!r} has no checkpoints folder: {remedy}")
+    ours, theirs = (load_tokenizer(folder / "tokenizer.json").sha256 for folder in (run_dir, source))
+    if ours != theirs:
+        raise ValueError(
+            f"RunConfig.init_from = {config.init_from!r} was trained with another tokenizer than data gives now: "
+            f"set data.tokenizer to {source / 'tokenizer.json'}"
+        )
+    with Store(source / "checkpoints", read_only=True) as store:
+        step = store.latest_good(config.verify_checkpoints, say)
+        if step is None:
+            raise ValueError(f"RunConfig.init_from = {config.init_from!r} has no finished checkpoint: {remedy}")
+        wanted = {"params": template.params, **({"router": template.router} if template.router else {})}
+        weights, _ = store.restore_params(wanted, step)
+    say(f"weights of step {step} of {source}")
+    return weights["params"], weights.get("router", {})

@@ -1,0 +1,113 @@
+"""Signals: a run that is told to stop saves within a step and says so, also in the middle of a compilation.
+
+Python handles a signal between two bytecodes of the main thread. A compilation is one call that takes minutes, so it
+runs in a thread beside (`Interrupt.run`), while the main thread stays awake to be told.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The run was told to stop, and did, with all its progress on disk.
+
+    Fields:
+        step: the step that the run goes on from.
+        exit_code: the command line's: EX_TEMPFAIL of sysexits.h, "try again".
+    """
+
+    exit_code = 75
+
+    def __init__(self, reason: str, step: int | None = None, thread: threading.Thread | None = None):
+        super().__init__(reason)
+        self.step = step
+        self.thread = thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still works: a compilation cannot be broken off, so the process has to end over it."""
+        return self.thread is not None and self.thread.is_alive()
+
+
+class Interrupt:
+    """Takes SIGTERM and SIGINT while a run goes on, and gives them back afterwards.
+
+    ```python
+    with Interrupt() as interrupt:
+        prepare()                        # a signal raises Stopped at once: there is nothing to save yet
+        interrupt.deferred = True
+        while not interrupt.requested:   # from here on it is noted; a second one raises at once
+            step()
+    ```
+    Outside the main thread, where Python allows no handlers, it does nothing, and neither where jax.distributed runs:
+    there jax itself takes SIGTERM, and `multihost_utils.reached_preemption_sync_point` tells all processes together.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """Name of the signal that came, such as "SIGTERM"."""
+        self.deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        import jax
+
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        numbers = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def check(self, step: int) -> bool:
+        """Whether to stop before step `step`: the same answer on every process."""
+        import jax
+
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.requested = self.requested or "SIGTERM"
+        return self.requested is not None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`work()`, in a thread beside the main one.
+
+        Raises: Stopped as soon as a signal has come, while the thread goes on; whatever `work` raises.
+        """
+        if not self._before:
+            return work()
+        result: list[T] = []
+        failure: list[BaseException] = []
+
+        def target() -> None:
+            try:
+                result.append(work())
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=target, name="deepseek_jax work", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.05)
+            if self.requested is not None and thread.is_alive():
+                raise Stopped(f"{self.requested} came", thread=thread)
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    def _handle(self, number: int, frame: Any) -> None:
+        again, self.requested = self.requested is not None, signal.Signals(number).name
+        if again or not self.deferred:
+            kind = KeyboardInterrupt if again else Stopped
+            raise kind(f"{self.requested} came" + (" again: stopped without another save" if again else ""))
