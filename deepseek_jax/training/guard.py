@@ -33,10 +33,10 @@ class Guard:
 def init_guard(config: SpikeSkip | None, dtype: Any = jnp.float32) -> Guard:
     """Nothing seen yet."""
     window = 0 if config is None else config.window
-    zero = jnp.zeros((), jnp.int32)
-    return Guard(
-        skipped=zero, in_a_row=zero, seen=zero, losses=jnp.zeros(window, dtype), norms=jnp.zeros(window, dtype)
-    )
+    # An array each: a step gives its input's memory away, and one buffer cannot be given twice.
+    skipped, in_a_row, seen = (jnp.zeros((), jnp.int32) for _ in range(3))
+    losses, norms = (jnp.zeros(window, dtype) for _ in range(2))
+    return Guard(skipped=skipped, in_a_row=in_a_row, seen=seen, losses=losses, norms=norms)
 
 
 def judge(config: SpikeSkip | None, guard: Guard, loss: Array, grad_norm: Array) -> tuple[Array, Guard]:
