@@ -10,7 +10,7 @@ ARGS ?=
 
 install = @sh scripts/venv.sh $(VENV)
 
-.PHONY: help quickstart test lint format notebooks goldens
+.PHONY: help quickstart test lint format notebooks goldens studies
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
@@ -36,6 +36,12 @@ format: ## rewrite the sources in the project's style
 notebooks: ## run every notebook from top to bottom
 	$(install) "dev,$(EXTRAS)"
 	$(VENV)/bin/python -m pytest --nbmake --nbmake-timeout 600 -W default notebooks $(ARGS)
+
+studies: ## run the experiments again: half an hour; their results are committed
+	$(install) "test,$(EXTRAS)"
+	$(VENV)/bin/python experiments/published_schedules/run.py
+	$(VENV)/bin/python experiments/kill_points/run.py
+	$(VENV)/bin/python experiments/pretraining_small/run.py
 
 goldens: ## make tests/golden anew from transformers
 	$(install) "parity,$(EXTRAS)"

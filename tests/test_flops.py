@@ -28,6 +28,8 @@ def test_forward_flops_are_those_that_xla_counts(kind):
     module = dsj.DeepSeek(model)
     variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
     cost = jax.jit(module.apply).lower(variables, tokens).cost_analysis()
+    if cost is None:
+        pytest.skip(f"XLA counts no FLOPs before compilation on {jax.default_backend()}")
     counted = 2 * 64 * sum(forward_flops_per_token(model, 64, causal=False).values())
     assert counted <= cost["flops"] <= 1.02 * counted, "XLA also counts norms, rope and softmax"
 

@@ -9,9 +9,6 @@ import os
 import sys
 import time
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-
 
 def small_run(corpus, cache, **fields):
     """A dense run whose programs compile in a second or two."""
@@ -59,6 +56,8 @@ def mishap(kind):
 
 
 def main(run_dir, corpus, kind, *fields):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, quick to compile
     import deepseek_jax as dsj
     from deepseek_jax.cli import main as cli
 

@@ -24,7 +24,10 @@ def run(args: Sequence[str]) -> None:
 
     certificate = dsj.certify(config, run_dir, steps=options.proof_steps)
     if not certificate["equal"]:
-        raise ValueError("the two runs differ: " + "; ".join(certificate["differences"]))
+        raise ValueError(
+            "the two runs differ: " + "; ".join(certificate["differences"]) + ". On a GPU, set "
+            "XLA_FLAGS=--xla_gpu_deterministic_ops=true: without it a program compiled twice is not one program"
+        )
     print(
         f"equal bit for bit over {certificate['steps']} steps, killed after {certificate['killed_after']}: state "
         f"{certificate['state_sha256'][:16]}, metrics {certificate['losses_sha256'][:16]}; certificate in "

@@ -241,7 +241,7 @@ def _online() -> bool:
             answers.append(True)
         except urllib.error.HTTPError:  # an answer, if a rude one
             answers.append(True)
-        except OSError:
+        except Exception:  # nobody waits for this thread by then, so nobody could be told
             answers.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)
