@@ -238,6 +238,8 @@ def test_errors(tmp_path):
         Store(tmp_path, keep=0)
     with pytest.raises(ValueError, match="no checkpoints there"):
         Store(tmp_path / "absent", read_only=True)
+    with pytest.raises(ValueError, match=r"Orbax takes \*"):
+        Store(tmp_path / "a[b]")
     with Store(tmp_path) as store:
         with pytest.raises(ValueError, match="holds no checkpoint"):
             store.restore({})

@@ -68,6 +68,10 @@ def test_context_extension_as_printed():
         assert (config.seq_len, config.batch_size, config.last_step) == (length, batch, 1000)
         np.testing.assert_array_equal(rates(config), np.broadcast_to([7.3e-6, 0.1, 0.0], (1000, 3)))
         scaling = config.model.rope.scaling
-        assert isinstance(scaling, YarnScaling) and (scaling.factor, scaling.beta_slow, scaling.beta_fast) == (40, 1, 32)
+        assert isinstance(scaling, YarnScaling) and (scaling.factor, scaling.beta_slow, scaling.beta_fast) == (
+            40,
+            1,
+            32,
+        )
         assert config.model.rope == dsj.get_config("deepseek-v3").rope
         assert config.init_from is not None and config.model.max_position_embeddings == length

@@ -68,6 +68,11 @@ class Store:
         self.directory = storage.path(directory)
         if storage.is_local(self.directory):
             self.directory = self.directory.resolve()
+        if set(os.fspath(self.directory)) & set("*?["):
+            raise ValueError(
+                f"directory={os.fspath(self.directory)!r}: Orbax takes *, ? and [ in a path for patterns, and would not "
+                f"find what it has saved; name the folder otherwise"
+            )
         self._read_only, self._manifests = read_only, manifests
         self._hashing: threading.Thread | None = None
         self._hashing_error: BaseException | None = None

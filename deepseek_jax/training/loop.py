@@ -31,7 +31,7 @@ from deepseek_jax.training.evaluate import make_evaluation
 from deepseek_jax.training.guard import all_finite
 from deepseek_jax.training.interrupt import Interrupt, Stopped
 from deepseek_jax.training.run import Run, check_prompts, draw, draw_samples
-from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import compile_train_step, place_batch
 from deepseek_jax.training.trouble import NotFinite, SaveFailed, SkipWatch
 from deepseek_jax.training.watchdog import Watchdog
@@ -65,14 +65,38 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
         say = Progress(config.last_step, shown=progress).message
         if message:
             say(message)
-        template = abstract_state(config, mesh)  # checks that the mesh divides every parameter, before anything long
+        abstract_state(config, mesh)  # checks that the mesh divides every parameter, before anything long
         data = load(config.data, config.seq_len, run_dir, model_vocab_size=config.model.vocab_size, progress=progress)
         check_prompts(config, data.tokenizer)
-        stack.enter_context(use_mesh(mesh))
+        with use_mesh(mesh):
+            loop = _run_to_end(config, run_dir, mesh, data, interrupt, watchdog, lock, progress)
+        interrupt.deferred = False
+        watchdog.beat("drawing samples and the report")
+        metrics = read_jsonl(run_dir / "metrics.jsonl")
+        samples = draw_samples(config, loop.state, data.tokenizer, loop.step, run_dir)
+        plots = draw(metrics, run_dir / "plots", config.model.num_dense_layers)
+        return Run(
+            run_dir=run_dir,
+            config=config,
+            state=loop.state,
+            metrics=metrics,
+            plots=plots,
+            checkpoint=run_dir / "checkpoints" / str(loop.step),
+            report=report(run_dir),
+            samples=samples,
+        )
+
+
+def _run_to_end(
+    config: RunConfig, run_dir: Any, mesh: Mesh, data: Any, interrupt: Interrupt, watchdog: Watchdog,
+    lock: storage.RunLock | None, progress: bool,
+) -> _Loop:  # fmt: skip
+    """Under the mesh, with checkpoints and writers open: from the last good checkpoint to the last step."""
+    with ExitStack() as stack:
         manifests = config.verify_checkpoints != "off"
         store = stack.enter_context(Store(run_dir / "checkpoints", keep=config.keep_checkpoints, manifests=manifests))
         loop = _Loop(config, run_dir, mesh, data, store, interrupt, watchdog)
-        loop.begin(template, say)
+        loop.begin(Progress(config.last_step, shown=progress).message)
         names = config.writers if jax.process_index() == 0 else ()
         writers = open_writers(names, run_dir, to_dict(config), resume_step=loop.resumed_from)
         for writer in writers:
@@ -91,19 +115,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
                 f"{interrupt.requested}: stopped {where}; the same command goes on from there", loop.step, stop.thread
             ) from None
         loop.finish_saves(bar.message)
-        metrics = read_jsonl(run_dir / "metrics.jsonl")
-        samples = draw_samples(config, loop.state, data.tokenizer, loop.step, run_dir)
-        plots = draw(metrics, run_dir / "plots", config.model.num_dense_layers)
-        return Run(
-            run_dir=run_dir,
-            config=config,
-            state=loop.state,
-            metrics=metrics,
-            plots=plots,
-            checkpoint=run_dir / "checkpoints" / str(loop.step),
-            report=report(run_dir),
-            samples=samples,
-        )
+    return loop
 
 
 class _Loop:
@@ -130,9 +142,10 @@ class _Loop:
         self.peak = peak and peak * mesh.size
         self.flops_per_token = train_flops_per_token(config.model, config.seq_len)
 
-    def begin(self, template: TrainState, say: Any) -> None:
+    def begin(self, say: Any) -> None:
         """Takes the state from the last good checkpoint, or makes that of step 0, and writes the manifest."""
         self.watchdog.beat("restoring or making the first state")
+        template = abstract_state(self.config, self.mesh)
         resumed = resume(self.config, template, self.store, self.batches, self.pinned, say)
         if resumed is None:
             self.state = self._aside(lambda: fresh(self.config, self.mesh, self.run_dir, say))

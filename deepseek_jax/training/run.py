@@ -80,7 +80,7 @@ def draw_samples(
     from deepseek_jax.models.transformer import DeepSeek
 
     variables = {"params": state.params, **({"router": state.router} if state.router else {})}
-    if len(jax.devices()) > 1:  # three prompts cannot be split over a mesh
+    if len(jax.devices()) > 1:  # a few prompts cannot be split over a mesh
         variables = jax.device_put(variables, jax.local_devices()[0])
     run = LoadedRun(DeepSeek(config.model), variables, tokenizer, step)
     texts = continue_text(
