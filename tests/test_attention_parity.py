@@ -98,7 +98,7 @@ def check(module, params, literal_layer, rope: dsj.Rope, rotated: int) -> None:
         cos, sin = rope_tables(rope, rotated, jnp.asarray(POSITIONS), "float64")
         segments = jnp.asarray(SEGMENTS)
         context = Context(cos=cos, sin=sin, segment_ids=segments, valid=segments != 0, exempt=None)
-        ours = jax.jit(module.apply)({"params": params}, jnp.asarray(x), context)
+        ours, _ = jax.jit(module.apply)({"params": params}, jnp.asarray(x), context)
     for b in range(len(x)):
         seen = SEGMENTS[b] != 0
         truth = literal_layer(params, x[b], POSITIONS[b], SEGMENTS[b])

@@ -108,7 +108,7 @@ def test_mla_expanded_equals_absorbed(kind):
         layer = MLAttention(config.attention, config.rope, 1e-6, "float64", 0.02, absorbed)
 
         def total(params, x):
-            out = layer.apply({"params": params}, x, _context(config, (2, 12), segment_ids))
+            out, _ = layer.apply({"params": params}, x, _context(config, (2, 12), segment_ids))
             return (out * jnp.cos(jnp.arange(config.hidden_size))).sum(), out
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, x)

@@ -1,34 +1,17 @@
-"""A plain sampler without a cache, and the way from a run folder to a model.
-
-Each new token runs the whole sequence again, so that what is sampled from is the training forward pass itself; the
-engine with caches must equal it.
-"""
+"""Text from a model: the engine in one call, and the way from a run folder to a model."""
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-
 from deepseek_jax import storage
+from deepseek_jax.infer.engine import Engine, Generation, Request
+from deepseek_jax.infer.sampling import Sampling
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.types import Array
 
-_LENGTH_STEP = 64  # buffers are multiples of it, so that few lengths are compiled
-
-
-class Generation(NamedTuple):
-    """What a prompt was continued with."""
-
-    tokens: list[int]
-    """New tokens, the stop token included where one came."""
-    logprobs: list[float]
-    """Log-probability of each new token under the model (temperature 1, whole vocabulary), nats."""
+_MOST_SLOTS = 32
+_PLACES_STEP = 64  # slots have a multiple of it, so that few lengths are compiled
 
 
 def generate(
@@ -42,6 +25,7 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    **sampling: Any,
 ) -> list[Generation]:
     """Continue each prompt.
 
@@ -55,89 +39,28 @@ def generate(
         seed: of the sampling; a prompt's continuation does not depend on the prompts beside it.
         stop_ids: tokens that end a continuation; the model's end-of-sequence token by default.
         vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows.
+        sampling: further fields of `Sampling`: top_k, min_p, repetition_penalty.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, a sequence longer than the model's positions.
     """
     config = model.config
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature = {temperature}, top_p = {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+    if stop_ids is None:
+        stop_ids = () if config.eos_token_id is None else (config.eos_token_id,)
+    how = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop_ids=tuple(stop_ids),
+        **sampling,
+    )  # fmt: skip
     if not prompts:
         return []
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: give at least one token (such as the begin-of-sequence token)")
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            raise ValueError(f"prompt {i} has ids outside the vocabulary of {config.vocab_size}")
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > config.max_position_embeddings:
         raise ValueError(
             f"prompt and new tokens are {longest}, more than max_position_embeddings = {config.max_position_embeddings}"
         )
-    if stop_ids is None:
-        stop_ids = () if config.eos_token_id is None else (config.eos_token_id,)
-    length = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, config.max_position_embeddings)
-    tokens = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    starts = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens, logprobs, ends = _sample(
-        model, top_p < 1, temperature > 0, vocab_size or config.vocab_size, variables, tokens, starts, max_new_tokens,
-        jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32),
-        jnp.asarray(list(stop_ids) or [-1], jnp.int32), jax.random.key(seed),
-    )  # fmt: skip
-    tokens, logprobs, ends = np.asarray(tokens), np.asarray(logprobs), np.asarray(ends)
-    return [
-        Generation(tokens[i, starts[i] : ends[i]].tolist(), logprobs[i, starts[i] : ends[i]].tolist())
-        for i in range(len(prompts))
-    ]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(
-    model: DeepSeek, nucleus: bool, stochastic: bool, vocab_size: int, variables: Any, tokens_BT: Array, starts_B: Array,
-    new_tokens: int, temperature: Array, top_p: Array, stop_ids: Array, key: Array,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Tokens [B, T], log-probabilities of the tokens at their places [B, T], end of each row [B]."""
-    rows = jnp.arange(tokens_BT.shape[0])
-    head = partial(model.apply, variables, method="head")
-
-    def next_token(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
-        tokens, logprobs, ends, done, step = state
-        hidden = model.apply(variables, tokens, method="hidden").hidden
-        logits = head(hidden[rows, ends - 1][:, None])[:, 0]
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-        if stochastic:
-            # One key a step: a row's choice depends on its own logits and its place in the continuation alone.
-            noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], logits.dtype)
-            scaled = logits / temperature
-            chosen = jnp.argmax((_nucleus(scaled, top_p) if nucleus else scaled) + noise, axis=-1)
-        else:
-            chosen = jnp.argmax(logits, axis=-1)
-        chosen = chosen.astype(tokens.dtype)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
-        tokens = tokens.at[rows, ends].set(jnp.where(done, tokens[rows, ends], chosen))
-        logprobs = logprobs.at[rows, ends].set(jnp.where(done, logprobs[rows, ends], logprob))
-        stopped = (chosen[:, None] == stop_ids).any(axis=-1)
-        return tokens, logprobs, jnp.where(done, ends, ends + 1), done | stopped, step + 1
-
-    def going(state: tuple[Array, Array, Array, Array, Array]) -> Array:
-        return (state[4] < new_tokens) & ~state[3].all()
-
-    done = jnp.zeros(tokens_BT.shape[0], bool)
-    logprobs = jnp.zeros(tokens_BT.shape, jnp.promote_types(model.config.dtype, jnp.float32))
-    start = (jnp.asarray(tokens_BT), logprobs, jnp.asarray(starts_B), done, jnp.zeros((), jnp.int32))
-    return lax.while_loop(going, next_token, start)[:3]
-
-
-def _nucleus(logits_BW: Array, top_p: Array) -> Array:
-    """Logits with −inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`."""
-    ordered = jnp.sort(logits_BW, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-    lowest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits_BW >= lowest, logits_BW, -jnp.inf)
+    places = min(-(-longest // _PLACES_STEP) * _PLACES_STEP, config.max_position_embeddings)
+    engine = Engine(model, variables, slots=min(len(prompts), _MOST_SLOTS), places=places, vocab_size=vocab_size)
+    return engine.generate([Request(prompt, how) for prompt in prompts])
 
 
 class LoadedRun(NamedTuple):

@@ -22,6 +22,10 @@ class Context:
     """Bool [B, T]: tokens that count in loads and balance losses."""
     exempt: Array | None
     """Bool [B]: sequences of which no token is dropped; None: nothing is dropped (evaluation)."""
+    positions: Array | None = None
+    """Int32 [B, T]: places of the tokens in the cache, where there is one; past its end for padding."""
+    fresh: bool = struct.field(pytree_node=False, default=False)
+    """Nothing is cached yet: the tokens see one another alone, by the kernels that train."""
 
 
 def attend(q_BTNH: Array, k_BTKH: Array, v_BTKV: Array, context: Context, scale: float) -> Array:

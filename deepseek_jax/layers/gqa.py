@@ -5,6 +5,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQA, Rope
+from deepseek_jax.layers.cache import LayerCache, cached_attention, written
 from deepseek_jax.layers.context import Context, attend
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
 from deepseek_jax.layers.weights import weight
@@ -21,8 +22,10 @@ class GQAttention(nn.Module):
     stddev: float
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context) -> Array:
-        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`."""
+    def __call__(
+        self, x_BTD: Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Array, LayerCache | None]:
+        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`, and the cache with these tokens in it."""
         c, D, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -41,9 +44,17 @@ class GQAttention(nn.Module):
         v_BTKH = project("v", c.num_key_value_heads, "kv_heads")
         q_BTNH = apply_rope(q_BTNH, context.cos, context.sin, interleaved=self.rope.interleaved)
         k_BTKH = apply_rope(k_BTKH, context.cos, context.sin, interleaved=self.rope.interleaved)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, softmax_scale(c.head_dim, self.rope))
+        scale = softmax_scale(c.head_dim, self.rope)
+        if cache is not None:
+            assert context.positions is not None
+            cache = {name: written(cache[name], new, context.positions) for name, new in (("k", k_BTKH), ("v", v_BTKH))}
+        if cache is None or context.fresh:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, scale)
+        else:
+            assert context.positions is not None
+            out_BTNH = cached_attention(q_BTNH, cache["k"], cache["v"], context.positions, scale)
         w_o = weight(
             self, "w_o", (c.num_attention_heads, c.head_dim, D), ("heads", "head_dim", "embed"),
             dtype=self.param_dtype, stddev=self.stddev,
         )  # fmt: skip
-        return shard(jnp.einsum("btnh,nhd->btd", out_BTNH, w_o.astype(dtype)), "batch", "length", "act_embed")
+        return shard(jnp.einsum("btnh,nhd->btd", out_BTNH, w_o.astype(dtype)), "batch", "length", "act_embed"), cache

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MLA, Rope
+from deepseek_jax.layers.cache import LayerCache, cached_attention, written
 from deepseek_jax.layers.context import Context, attend
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
@@ -58,16 +59,23 @@ def mla_absorbed(
     w_uv_CNV: Array,
     context: Context,
     scale: float,
+    latent_BSL: Array | None = None,
 ) -> Array:
     """W^UK absorbed into the queries and W^UV into the output (V2, end of section 2.1.2). Same arguments and result.
 
     All heads attend to one key [c_kv ; k_rope] of C + R dims and one value c_kv: the form for decoding, where only
-    these C + R numbers a token are kept.
+    these C + R numbers a token are kept. `latent_BSL` is such a cache, the new tokens in it; without one, the new tokens
+    see one another.
     """
     q_latent_BTNC = shard(jnp.einsum("btnp,cnp->btnc", q_nope_BTNP, w_uk_CNP), *_HEADS)
     q = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
-    k = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None]
-    out_BTNC = attend(q, k, c_kv_BTC[:, :, None], context, scale)
+    if latent_BSL is None:
+        k = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None]
+        out_BTNC = attend(q, k, c_kv_BTC[:, :, None], context, scale)
+    else:
+        assert context.positions is not None
+        k = latent_BSL[:, :, None]
+        out_BTNC = cached_attention(q, k, k[..., : c_kv_BTC.shape[-1]], context.positions, scale)
     return shard(jnp.einsum("btnc,cnv->btnv", out_BTNC, w_uv_CNV), *_HEADS)
 
 
@@ -82,8 +90,10 @@ class MLAttention(nn.Module):
     absorbed: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context) -> Array:
-        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`."""
+    def __call__(
+        self, x_BTD: Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Array, LayerCache | None]:
+        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`, and the cache with these tokens in it."""
         c, D, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
         N, C, P, R, V = (
             c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim,
@@ -116,7 +126,14 @@ class MLAttention(nn.Module):
         )[:, :, 0]  # fmt: skip
         w_uk = param("w_uk", (C, N, P), "latent", "heads", "head_dim")
         w_uv = param("w_uv", (C, N, V), "latent", "heads", "head_dim")
-        form = mla_absorbed if self.absorbed else mla_expanded
-        out_BTNV = form(q_nope, q_rope, c_kv_BTC, k_rope_BTR, w_uk, w_uv, context, softmax_scale(P + R, self.rope))
+        parts = (q_nope, q_rope, c_kv_BTC, k_rope_BTR, w_uk, w_uv, context, softmax_scale(P + R, self.rope))
+        if cache is not None:
+            assert context.positions is not None
+            new_BTL = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)
+            cache = {"latent": written(cache["latent"], new_BTL, context.positions)}
+        if cache is not None and not context.fresh:
+            out_BTNV = mla_absorbed(*parts, latent_BSL=cache["latent"])
+        else:
+            out_BTNV = (mla_absorbed if self.absorbed else mla_expanded)(*parts)
         w_o = param("w_o", (N, V, D), "heads", "head_dim", "embed")
-        return shard(jnp.einsum("btnv,nvd->btd", out_BTNV, w_o), "batch", "length", "act_embed")
+        return shard(jnp.einsum("btnv,nvd->btd", out_BTNV, w_o), "batch", "length", "act_embed"), cache

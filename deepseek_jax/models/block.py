@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQA, Dense, ModelConfig, MoE
 from deepseek_jax.kernels.attention import cudnn_gpu
+from deepseek_jax.layers.cache import LayerCache
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.gqa import GQAttention
 from deepseek_jax.layers.mla import MLAttention
@@ -31,8 +32,10 @@ class Block(nn.Module):
     moe: bool
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context) -> tuple[Array, RouterStats | None]:
-        """[B, T, D] -> [B, T, D], and the router's statistics of a MoE layer."""
+    def __call__(
+        self, x_BTD: Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Array, tuple[RouterStats | None, LayerCache | None]]:
+        """[B, T, D] -> [B, T, D], the router's statistics of a MoE layer, and the cache with these tokens in it."""
         c = self.config
         kwargs: dict[str, Any] = dict(param_dtype=c.param_dtype, stddev=c.initializer_range)
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
@@ -40,14 +43,15 @@ class Block(nn.Module):
             attention = GQAttention(c.attention, c.rope, name="attention", **kwargs)
         else:
             attention = MLAttention(c.attention, c.rope, c.rms_norm_eps, name="attention", **kwargs)
-        x_BTD = x_BTD + checkpoint_name(attention(normed, context), "block_attention")
+        out_BTD, cache = attention(normed, context, cache)
+        x_BTD = x_BTD + checkpoint_name(out_BTD, "block_attention")
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
         if self.moe:
             assert isinstance(c.ffn, MoE)
             out_BTD, stats = MoELayer(c.ffn, name="ffn", **kwargs)(normed, context)
-            return x_BTD + checkpoint_name(out_BTD, "block_ffn"), stats
+            return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
-        return x_BTD + checkpoint_name(SwiGLU(width, name="ffn", **kwargs)(normed), "block_ffn"), None
+        return x_BTD + checkpoint_name(SwiGLU(width, name="ffn", **kwargs)(normed), "block_ffn"), (None, cache)
 
 
 def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:

@@ -36,6 +36,6 @@ class MTPModule(nn.Module):
         )
         x = checkpoint_name(jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype), "mtp_in")
         block = Block(c, moe=isinstance(c.ffn, MoE) and c.num_moe_layers > 0, name="block")
-        x, stats = block(x, replace(context, valid=valid_BT))
+        x, (stats, _) = block(x, replace(context, valid=valid_BT))
         out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)
         return out, (out, stats)

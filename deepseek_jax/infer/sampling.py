@@ -1,0 +1,129 @@
+"""From logits to a token, request by request: every row has settings and a random stream of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from deepseek_jax.config import require
+from deepseek_jax.types import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request is sampled."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the smallest set of likeliest tokens whose probabilities reach this."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that the prompt or the continuation holds (CTRL)."""
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the continuation, and belong to it."""
+
+    def __post_init__(self) -> None:
+        def check(condition: bool, name: str, remedy: str) -> None:
+            require(condition, "Sampling", name, getattr(self, name), remedy)
+
+        check(self.max_new_tokens >= 1, "max_new_tokens", "must be at least 1")
+        check(self.temperature >= 0, "temperature", "must not be negative")
+        check(self.top_k >= 0, "top_k", "must not be negative; 0 takes all")
+        check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
+        check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
+        check(self.repetition_penalty > 0, "repetition_penalty", "must be greater than 0; 1 penalises nothing")
+        check(0 <= self.seed < 2**32, "seed", "must be in [0, 2**32)")
+
+
+@struct.dataclass
+class Settings:
+    """`Sampling` of B rows as arrays."""
+
+    temperature: Array
+    """Float32 [B]; so are the next three."""
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    top_k: Array
+    """Int32 [B]."""
+    key: Array
+    """Uint32 [B, 2]: raw data of each row's key."""
+
+
+def settings(rows: list[Sampling]) -> Settings:
+    """The arrays of some rows, on the host."""
+
+    def floats(name: str) -> Any:
+        return np.array([getattr(row, name) for row in rows], np.float32)
+
+    return Settings(
+        temperature=floats("temperature"),
+        top_p=floats("top_p"),
+        min_p=floats("min_p"),
+        repetition_penalty=floats("repetition_penalty"),
+        top_k=np.array([row.top_k for row in rows], np.int32),  # type: ignore[arg-type]
+        # What `jax.random.key(seed)` holds, without a call to the device for each request.
+        key=np.array([(0, row.seed) for row in rows], np.uint32),  # type: ignore[arg-type]
+    )
+
+
+def sample(
+    logits_BW: Array, given: Settings, seen_BW: Array, step_B: Array, vocab_size: int, stochastic: bool
+) -> tuple[Array, Array, Array]:
+    """One token a row.
+
+    Args:
+        logits_BW: float32 or wider.
+        given: of the rows.
+        seen_BW: bool: tokens that the penalty acts on.
+        step_B: int32: how many tokens the continuation has; a row's draw depends on its key and this alone.
+        vocab_size: ids from here on are never chosen.
+        stochastic: False where every row has temperature 0: nothing is sorted.
+
+    Returns:
+        Tokens int32 [B]; their log-probabilities under the model as it is (temperature 1, whole vocabulary) and under
+        the distribution that was sampled from (0 for a row with temperature 0), float32 [B], nats.
+    """
+    W = logits_BW.shape[-1]
+    logits = jnp.where(jnp.arange(W) < vocab_size, logits_BW, -jnp.inf)
+    raw = jax.nn.log_softmax(logits, axis=-1)
+    penalty = given.repetition_penalty[:, None]
+    logits = jnp.where(seen_BW, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    chosen = jnp.argmax(logits, axis=-1)
+    sampled_from = jnp.zeros_like(raw[:, 0])
+    if stochastic:
+        greedy = given.temperature == 0
+        scaled = logits / jnp.where(greedy, 1, given.temperature)[:, None]
+        kept = jax.nn.log_softmax(_truncated(scaled, given), axis=-1)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(given.key, impl="threefry2x32"), step_B)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (W,), logits.dtype))(keys)
+        drawn = jnp.argmax(kept + noise, axis=-1)
+        chosen = jnp.where(greedy, chosen, drawn)
+        of_chosen = jnp.take_along_axis(kept, chosen[:, None], axis=-1)[:, 0]
+        sampled_from = jnp.where(greedy, 0, of_chosen)
+    return chosen.astype(jnp.int32), jnp.take_along_axis(raw, chosen[:, None], axis=-1)[:, 0], sampled_from
+
+
+def _truncated(logits_BW: Array, given: Settings) -> Array:
+    """Logits with −inf outside what top_k, top_p and min_p leave; the likeliest token always stays."""
+    W = logits_BW.shape[-1]
+    ordered = jnp.sort(logits_BW, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    place = jnp.arange(W)
+    top_k = jnp.where(given.top_k == 0, W, given.top_k)[:, None]
+    inside = (place < top_k) & (before < given.top_p[:, None])
+    inside &= probabilities >= given.min_p[:, None] * probabilities[:, :1]
+    lowest = jnp.where(inside | (place == 0), ordered, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BW >= lowest, logits_BW, -jnp.inf)

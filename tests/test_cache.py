@@ -1,0 +1,73 @@
+"""Cached inference against the full forward pass: prefill, chunks, decoding, ragged batches, and what a cache weighs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import micro, random_tokens, random_variables
+
+import deepseek_jax as dsj
+from deepseek_jax.models.transformer import init_cache
+
+KINDS = ("llm-gqa", "v2-lite", "v3")  # GQA and MLA, with and without a query latent, both gates
+PLACES = 29  # no dim of the models
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_chunks_and_decoding_equal_the_full_pass(kind):
+    """Rows of 13, 6 and 1 tokens: prefilled to 8, 5, 1, extended by a padded chunk of 4, then token by token."""
+    config = micro(kind, num_hidden_layers=2, num_nextn_predict_layers=0)
+    model, variables = dsj.DeepSeek(config), random_variables(config)
+    tokens = random_tokens(config, (3, 13))
+    expected = model.apply(variables, tokens, method="hidden").hidden
+    extend = jax.jit(
+        lambda tokens, positions, cache, fresh: model.apply(
+            variables, tokens, positions, cache, fresh, method="extend"
+        ),
+        static_argnums=3,
+    )
+    cache, done, total = init_cache(config, 3, PLACES), np.zeros(3, np.int32), np.array([13, 6, 1])
+    for width, wanted, fresh in (
+        (8, [8, 5, 1], True),
+        (4, [3, 1, 0], False),
+        (1, [1, 0, 0], False),
+        (1, [1, 0, 0], False),
+    ):
+        place = done[:, None] + np.arange(width)
+        positions = np.where(np.arange(width) < np.array(wanted)[:, None], place, PLACES).astype(np.int32)
+        new = np.take_along_axis(np.asarray(tokens), np.minimum(place, 12), axis=1)
+        hidden, cache = extend(jnp.asarray(new), jnp.asarray(positions), cache, fresh)
+        for row, count in enumerate(wanted):
+            np.testing.assert_allclose(
+                hidden[row, :count], expected[row, done[row] : done[row] + count], rtol=1e-5, atol=1e-5
+            )
+        done = done + np.array(wanted)
+    np.testing.assert_array_equal(done, total)
+
+
+def test_bytes_of_a_cache():
+    """V3: 576 numbers a token a layer in 2 bytes; LLM 67B: 2 · 8 heads of 128; MLA of V2's table 1: (d_c + d_h^R) l."""
+    for name, numbers in (
+        ("deepseek-v3", 576 * 61),
+        ("deepseek-llm-67b", 2 * 8 * 128 * 95),
+        ("deepseek-llm-7b", 2 * 32 * 128 * 30),
+    ):
+        cache = jax.eval_shape(lambda name=name: init_cache(dsj.get_config(name), 2, 100))
+        assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 2 * 100 * numbers * 2, name
+
+
+def test_absorbed_decoding_reads_the_latent_alone():
+    """No key or value of a head, [.., S, N, ..], exists anywhere in a decoding step."""
+    config = replace(micro("v3", num_hidden_layers=2), num_nextn_predict_layers=0)
+    variables = random_variables(config)
+    cache = init_cache(config, 1, PLACES)
+    jaxpr = jax.make_jaxpr(
+        lambda v, c: dsj.DeepSeek(config).apply(
+            v, jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 5), c, method="extend"
+        )
+    )(variables, cache)
+    heads = config.attention.num_attention_heads
+    text = str(jaxpr)
+    assert f"1,{PLACES},{heads}," not in text and f"1,{heads},1,{PLACES}" in text.replace("1,1,", "1,")
