@@ -9,6 +9,7 @@ import pytest
 from helpers import micro, random_tokens, random_variables
 
 import deepseek_jax as dsj
+from deepseek_jax.layers.experts import few_tokens_experts, routed_experts
 from deepseek_jax.models.transformer import init_cache
 
 KINDS = ("llm-gqa", "v2-lite", "v3")  # GQA and MLA, with and without a query latent, both gates
@@ -71,3 +72,15 @@ def test_absorbed_decoding_reads_the_latent_alone():
     heads = config.attention.num_attention_heads
     text = str(jaxpr)
     assert f"1,{PLACES},{heads}," not in text and f"1,{heads},1,{PLACES}" in text.replace("1,1,", "1,")
+
+
+@pytest.mark.parametrize("tokens, experts, route", [(1, 16, "chosen"), (3, 8, "all"), (40, 8, "all"), (40, 64, None)])
+def test_experts_of_few_tokens_equal_the_sorted_form(tokens, experts, route):
+    draw = np.random.default_rng(0)
+    indices = jnp.asarray(np.stack([draw.permutation(experts)[:2] for _ in range(tokens)]))
+    shapes = ((tokens, 12), (tokens, 2), (experts, 12, 6), (experts, 12, 6), (experts, 6, 12))
+    x, weights, *matrices = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+    ours = few_tokens_experts(x, indices, weights, *matrices)
+    assert (ours is None) == (route is None)
+    if ours is not None:
+        np.testing.assert_allclose(ours, routed_experts(x, indices, weights, *matrices), rtol=1e-4, atol=1e-5)

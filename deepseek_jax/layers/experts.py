@@ -62,6 +62,34 @@ def routed_experts(
     return jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
 
 
+_FEW = 64  # tokens; more of them keep a grouped product busy
+_DENSE = 4  # where an expert in so many is chosen by a token, a few tokens choose nearly all
+
+
+def few_tokens_experts(
+    x_MD: Array, indices_MX: Array, weights_MX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> Array | None:
+    """As `routed_experts`, for the few tokens of a decoding step, where reading the weights is all the time it takes.
+
+    Fewer pairs than experts: the chosen matrices alone are read. Otherwise, with few experts: every expert serves every
+    token, and the gate's zeros leave out what was not chosen. None where neither is cheaper than the sorted form.
+    """
+    (M, X), E = indices_MX.shape, w_gate_EDF.shape[0]
+    wide = weights_MX.dtype
+    if M * X < E and M <= _FEW // 8:
+        gate = jnp.einsum("md,mxdf->mxf", x_MD, w_gate_EDF[indices_MX])
+        up = jnp.einsum("md,mxdf->mxf", x_MD, w_up_EDF[indices_MX])
+        out_MXD = jnp.einsum("mxf,mxfd->mxd", jax.nn.silu(gate) * up, w_down_EFD[indices_MX])
+        return jnp.einsum("mxd,mx->md", out_MXD.astype(wide), weights_MX).astype(x_MD.dtype)
+    if M <= _FEW and E <= _DENSE * X:
+        gates_ME = jnp.zeros((M, E), wide).at[jnp.arange(M)[:, None], indices_MX].set(weights_MX)
+        gate = jnp.einsum("md,edf->emf", x_MD, w_gate_EDF)
+        up = jnp.einsum("md,edf->emf", x_MD, w_up_EDF)
+        out_EMD = jnp.einsum("emf,efd->emd", jax.nn.silu(gate) * up, w_down_EFD)
+        return jnp.einsum("emd,me->md", out_EMD.astype(wide), gates_ME).astype(x_MD.dtype)
+    return None
+
+
 class Experts(nn.Module):
     """Weights of the routed experts, stacked on the first dim."""
 
@@ -71,7 +99,8 @@ class Experts(nn.Module):
     stddev: float
 
     @nn.compact
-    def __call__(self, x_MD: Array, indices_MX: Array, weights_MX: Array) -> Array:
+    def __call__(self, x_MD: Array, indices_MX: Array, weights_MX: Array, decoding: bool = False) -> Array:
+        """Σ over the chosen experts, [M, D]; `decoding`: no gradient is wanted, and there may be few tokens."""
         E, D, F = self.n_routed_experts, x_MD.shape[-1], self.moe_intermediate_size
 
         def param(name: str, shape: tuple[int, ...], *axes: str) -> Array:
@@ -80,4 +109,6 @@ class Experts(nn.Module):
         w_gate = param("w_gate", (E, D, F), "expert", "expert_embed", "ffn")
         w_up = param("w_up", (E, D, F), "expert", "expert_embed", "ffn")
         w_down = param("w_down", (E, F, D), "expert", "ffn", "expert_embed")
-        return routed_experts(x_MD, indices_MX, weights_MX, w_gate, w_up, w_down)
+        arguments = (x_MD, indices_MX, weights_MX, w_gate, w_up, w_down)
+        out = few_tokens_experts(*arguments) if decoding else None
+        return routed_experts(*arguments) if out is None else out

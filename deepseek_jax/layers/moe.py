@@ -39,7 +39,8 @@ class MoELayer(nn.Module):
             weights = weights * kept
         experts = Experts(c.n_routed_experts, c.moe_intermediate_size, name="experts", **kwargs)
         X = c.num_experts_per_tok
-        out = experts(x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X))
+        flat = (x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X))
+        out = experts(*flat, decoding=context.positions is not None)
         out = shard(out.reshape(B, T, D), "batch", "length", "act_embed")
         if c.n_shared_experts:
             out = out + SwiGLU(c.n_shared_experts * c.moe_intermediate_size, name="shared", **kwargs)(x_BTD)
