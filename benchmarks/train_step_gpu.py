@@ -19,7 +19,7 @@ from deepseek_jax.config import MLA, ModelConfig, MoE, Rope
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.metrics.flops import peak_flops, train_flops_per_token
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from deepseek_jax.training import MultiStep, RunConfig
+from deepseek_jax.training import AdamW, MultiStep, RunConfig
 from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import compile_train_step, place_batch
 
@@ -50,6 +50,7 @@ def main() -> None:
     for remat in options.remat:
         config = model(remat)
         run = RunConfig(
+            optimizer=AdamW(moment_dtype="bfloat16"),
             model=config, schedule=MultiStep(peak=1e-4), steps=1000, batch_size=options.batch, seq_len=options.length,
             data=DataConfig(tokenizer="unused"),
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""DeepSeekMoE 16B (arXiv 2401.06066, section 5.1): 2T tokens, 106,449 steps.
+"""DeepSeekMoE 16B (arXiv 2401.06066, section 5.1): 2T tokens.
 
 AdamW 0.9 / 0.95, decay 0.1, clipping at 1; 2,000 steps of warm-up, then the rate times 0.316 at 80 % and again at 90 % of
-the steps. The paper says 4.5K sequences and 18M tokens a batch; 4,608 is what its numbers of steps and tokens give.
+the tokens. The paper says 4.5K sequences and 18M tokens a batch, and 106,449 steps (4,587 sequences); 4,608 is taken for
+4.5K, which gives 105,964 steps.
 Bring the corpus and DeepSeek's tokenizer: `--data.sources.0.path`, `--data.tokenizer`.
 """
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         YarnScaling,
     )
     from deepseek_jax.infer.generate import continue_text, generate, load_run
+    from deepseek_jax.interop.inspect import inspect_hf
+    from deepseek_jax.interop.load import load_hf
+    from deepseek_jax.interop.save import save_hf
     from deepseek_jax.metrics.report import report
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
@@ -44,6 +47,9 @@ _HOME = {
     "train": "training",
     "certify": "training",
     "report": "metrics.report",
+    "load_hf": "interop.load",
+    "save_hf": "interop.save",
+    "inspect_hf": "interop.inspect",
     "RunConfig": "training",
     "generate": "infer.generate",
     "load_run": "infer.generate",
@@ -78,9 +84,12 @@ __all__ = [
     "count_params",
     "generate",
     "get_config",
+    "inspect_hf",
     "list_configs",
+    "load_hf",
     "load_run",
     "report",
+    "save_hf",
     "train",
 ]
 

@@ -105,11 +105,35 @@ def test_empty_and_foreign_manifests_are_damage(copy):
     assert good(copy)[0] == 3
 
 
-def test_a_save_cut_off_before_its_manifest_counts_as_none(copy):
-    for step in (3, 7):
-        (copy / str(step) / "sha256.0.json").unlink()
+def test_a_first_save_cut_off_before_its_manifest_counts_as_none(copy):
+    """A kill leaves one step without; where more lack theirs, something else took them, and nothing is begun anew."""
+    (copy / "7" / "sha256.0.json").unlink()
+    assert good(copy)[0] == 3
+    (copy / "3" / "sha256.0.json").unlink()
+    with pytest.raises(ValueError, match="no good checkpoint .*the save was cut off"):
+        good(copy)
+    shutil.rmtree(copy / "3")
     step, said = good(copy)
-    assert step is None and len(said) == 2 and "the save was cut off" in said[0]
+    assert step is None and len(said) == 1 and "the save was cut off" in said[0]
+
+
+def test_damage_inside_a_manifest_is_damage(copy):
+    manifest = copy / "7" / "sha256.0.json"
+    before = manifest.read_text()
+    for old, new in (("size", "sizd"), ("sha256", "sha257"), ('"processes": 1', '"processes": 3'), ("files", "filez")):
+        manifest.write_text(before.replace(old, new))
+        assert good(copy)[0] == 3, new
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(copy, monkeypatch):
+    (copy / "7" / "sha256.0.json").unlink()
+
+    def unreachable(self, step):
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(Store, "_note", unreachable)
+    with pytest.raises(ConnectionResetError):
+        good(copy)
 
 
 def test_nothing_but_damage_is_an_error_that_names_it(copy):
@@ -143,9 +167,9 @@ def test_each_process_hashes_its_own_files(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     digests.write(tmp_path, 0, 2)
-    assert not digests.is_complete(tmp_path)
+    assert digests.cut_off(tmp_path, 2)
     digests.write(tmp_path, 1, 2)
-    assert digests.is_complete(tmp_path) and digests.problems(tmp_path, "full") == []
+    assert not digests.cut_off(tmp_path, 2) and digests.problems(tmp_path, "full") == []
     listed = [set(json.loads((tmp_path / f"sha256.{i}.json").read_text())["files"]) for i in (0, 1)]
     assert listed == [
         {"state/ocdbt.process_0/d/a", "state/d/c"}, {"state/ocdbt.process_1/d/b", "data/process_1-of-2.json"},

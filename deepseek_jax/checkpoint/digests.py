@@ -38,16 +38,21 @@ def write(step_dir: Any, process: int, processes: int) -> None:
     storage.write_atomic(step_dir / f"sha256.{process}.json", json.dumps(content, indent=1) + "\n")
 
 
-def is_complete(step_dir: Any) -> bool:
-    """Whether every process has written its manifest. Damaged manifests count: `problems` tells of them."""
-    names = [file.name for file in storage.path(step_dir).iterdir() if _NAME.fullmatch(file.name)]
-    if not names:
-        return False
+def manifests(step_dir: Any) -> list[Any]:
+    """The manifest files of a step, by process."""
+    found = [file for file in storage.path(step_dir).iterdir() if _NAME.fullmatch(file.name)]
+    return sorted(found, key=lambda file: int(_NAME.fullmatch(file.name)[1]))  # type: ignore[index]
+
+
+def cut_off(step_dir: Any, processes: int) -> bool:
+    """Whether a process was stopped before it wrote its manifest: none is there, or sound ones of fewer processes than
+    there are. Anything else that is wrong is damage, which `problems` tells of."""
+    files = manifests(step_dir)
     try:
-        processes = json.loads((step_dir / names[0]).read_text())["processes"]
+        said = {json.loads(file.read_text())["processes"] for file in files}
     except (ValueError, KeyError, TypeError):
-        return True
-    return len(names) >= processes
+        return False
+    return not files or (said == {processes} and len(files) < processes)
 
 
 def problems(step_dir: Any, verify: Verify, seed: int | None = None) -> list[str]:
@@ -64,15 +69,22 @@ def problems(step_dir: Any, verify: Verify, seed: int | None = None) -> list[str
     present = _files(step_dir)
     expected: dict[str, dict[str, Any]] = {}
     found = []
-    for file in sorted(storage.path(step_dir).iterdir()):
-        if not _NAME.fullmatch(file.name):
-            continue
+    files, said = manifests(step_dir), set()
+    for file in files:
         try:
-            expected |= dict(json.loads(file.read_text())["files"])
-        except (ValueError, KeyError, TypeError):
+            content = json.loads(file.read_text())
+            entries = {
+                name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in content["files"].items()
+            }
+            said.add(int(content["processes"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
             found.append(f"{file.name}: no manifest of files")
+        else:
+            expected |= entries
     if not expected and not found:
         found.append("no manifest of files")
+    if said - {len(files)}:
+        found.append(f"{len(files)} manifests of {sorted(said)} processes")
     found += [f"{name}: missing" for name in expected if name not in present]
     # A file that no manifest lists was not written by the save; Orbax may read it all the same.
     found += [f"{name}: not in the manifest" for name in present if expected and name not in expected]
@@ -83,9 +95,10 @@ def problems(step_dir: Any, verify: Verify, seed: int | None = None) -> list[str
         size = present[name].stat().length
         if size != entry["size"]:
             found.append(f"{name}: {size} bytes, should be {entry['size']}")
-        elif verify == "full" or size < _SMALL or draw.randrange(_SAMPLE) == 0:
-            if storage.sha256_file(present[name]) != entry["sha256"]:
-                found.append(f"{name}: its content has changed (SHA-256)")
+        elif (verify == "full" or size < _SMALL or draw.randrange(_SAMPLE) == 0) and storage.sha256_file(
+            present[name]
+        ) != entry["sha256"]:
+            found.append(f"{name}: its content has changed (SHA-256)")
     return sorted(found)
 
 

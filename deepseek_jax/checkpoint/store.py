@@ -57,7 +57,7 @@ class Store:
         """
         Args:
             directory: the folder, local or not; made when it is missing, unless read_only.
-            keep: how many of the latest steps stay; None keeps all.
+            keep: how many of the latest steps stay, at least 2; None keeps all.
             async_save: whether `save` returns once the state is copied, and writes behind the program's back.
             read_only: for a program that only restores: nothing in the folder is touched.
             manifests: whether `save` hashes what it has written; reading it all again takes a while for terabytes.
@@ -91,7 +91,8 @@ class Store:
             # A killed save leaves a temporary folder; the writer that opens the store next clears it away.
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=async_save,
-            preservation_policy=None if keep is None else checkpoint_managers.LatestN(keep),
+            # Orbax deletes the oldest at the commit, before the new step's manifest is there: never the only good one.
+            preservation_policy=None if keep is None else checkpoint_managers.LatestN(max(keep, 2)),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -168,37 +169,40 @@ class Store:
         Args:
             verify: see `digests.problems`.
             say: gets a message for every step that is passed over.
-        Returns: None when there are no steps, or only saves that a killed program left without their manifest.
-        Raises: ValueError when there are steps and every finished one is damaged.
+        Returns: None when there are no steps, or only the first save of a program that was killed before its manifest.
+        Raises: ValueError when there are steps and none is good; OSError when they cannot be read now.
         """
-        damaged = []
+        passed_over = []
         for step in reversed(self.steps()):
             here = self.directory / str(step)
-            found, unfinished = self._problems(step, verify)
+            found, cut_off = self._problems(step, verify)
             if not found:
                 return step
             say(f"checkpoint {here} is passed over: {_first(found)}")
-            if not unfinished:
-                damaged.append(f"step {step}: {_first(found)}")
-        if damaged:
+            passed_over.append((f"step {step}: {_first(found)}", cut_off))
+        # A save waits for the manifest of the one before, so a kill leaves one step without: more of them are damage.
+        if len(passed_over) > 1 or not all(cut_off for _, cut_off in passed_over):
             raise ValueError(
-                f"{self.directory} holds no good checkpoint ({'; '.join(damaged)}): bring its files back, or start a "
-                f"new run folder"
+                f"{self.directory} holds no good checkpoint ({'; '.join(text for text, _ in passed_over)}): bring its "
+                f"files back, or start a new run folder"
             )
         return None
 
     def _problems(self, step: int, verify: Verify) -> tuple[list[str], bool]:
         """What is wrong with a step, and whether it is only a save that was cut off."""
         here = self.directory / str(step)
+        if verify != "off" and digests.manifests(here):
+            if digests.cut_off(here, jax.process_count()):
+                return ["manifests of processes are missing: the save was cut off"], True
+            # Processes must come to one answer, so they look at one sample.
+            return digests.problems(here, verify, step if jax.process_count() > 1 else None), False
         try:
-            promised = bool(self._note(step).get("manifest"))
-        except Exception as error:  # of Orbax or JSON, whatever a damaged file makes them raise
-            return [f"its note cannot be read ({type(error).__name__})"], False
-        if verify == "off":
-            return [], False
-        if promised and not digests.is_complete(here):
+            promised = self._note(step).get("manifest")
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            return [f"its note cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})"], False
+        if promised and verify != "off":
             return ["its manifest is missing: the save was cut off"], True
-        return (digests.problems(here, verify) if promised else []), False
+        return [], False
 
     def discard(self, step: int) -> None:
         """Deletes one step."""
@@ -292,10 +296,16 @@ class Store:
     def _note(self, step: int) -> dict[str, Any]:
         note = self._manager.restore(step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore()))[_META]
         if note.get("format") != _FORMAT:
-            raise ValueError(
+            raise WrongFormat(
                 f"checkpoint {self.directory / str(step)} has format {note.get('format')}, this version reads {_FORMAT}"
             )
         return note
+
+
+class WrongFormat(Exception):
+    """A checkpoint of another version of this package: neither damaged nor readable."""
+
+    exit_code = 2
 
 
 class _AsBytes:

@@ -11,20 +11,21 @@ def run(args: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="deepseek-jax certify",
+        usage="deepseek-jax certify CONFIG.py [--proof-steps N] [--run-dir DIR] [--FIELD VALUE ...]",
         description="Train 2N steps unbroken, and again with the process killed after N; compare every bit.",
-        epilog="Further words are overrides, as for `deepseek-jax train`.",
+        epilog="--run-dir and the fields of the config are flags, as for `deepseek-jax train`.",
     )
     parser.add_argument("config", metavar="CONFIG.py", help="Python file that defines get_config() -> RunConfig")
     parser.add_argument("--proof-steps", type=int, default=10, metavar="N", help="steps before the kill (default 10)")
     options, rest = parser.parse_known_args(args)
     path = Path(options.config)
-    config, run_dir = override(load_config(path), rest, run_dir=f"runs/{path.stem}-certificate")
+    config, run_dir = override(load_config(path), rest, run_dir=f"runs/{path.stem}-certificate", verb="certify")
 
     import deepseek_jax as dsj
 
     certificate = dsj.certify(config, run_dir, steps=options.proof_steps)
     if not certificate["equal"]:
-        raise ValueError(
+        raise dsj.training.TrainingFailed(
             "the two runs differ: " + "; ".join(certificate["differences"]) + ". On a GPU, set "
             "XLA_FLAGS=--xla_gpu_deterministic_ops=true: without it a program compiled twice is not one program"
         )

@@ -35,7 +35,7 @@ def _inspect(args: Sequence[str]) -> None:
     parser.add_argument("--batches", type=int, default=1, metavar="N", help="batches to show (default: 1)")
     known, overrides = parser.parse_known_args(args)
     path = Path(known.config)
-    config, _ = override(load_config(path), overrides, run_dir=f"runs/{path.stem}")
+    config, _ = override(load_config(path), overrides, run_dir=f"runs/{path.stem}", verb="data inspect")
 
     from deepseek_jax.data.inspect import describe
 

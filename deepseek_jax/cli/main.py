@@ -19,6 +19,8 @@ VERBS = {
         "deepseek_jax.cli.certify",
         "prove that a config's run, killed and started again, is bit for bit the same",
     ),
+    "convert": ("deepseek_jax.cli.convert", "turn a run folder into a published checkpoint, or the other way round"),
+    "inspect": ("deepseek_jax.cli.inspect", "say what a published checkpoint is, from its headers alone"),
     "generate": ("deepseek_jax.cli.generate", "continue a prompt with the model of a run"),
 }
 

@@ -62,7 +62,7 @@ def load_config(path: Path) -> "RunConfig":
     return config
 
 
-def override(config: "RunConfig", args: Sequence[str], run_dir: str) -> tuple["RunConfig", str]:
+def override(config: "RunConfig", args: Sequence[str], run_dir: str, verb: str = "train") -> tuple["RunConfig", str]:
     """Apply command-line flags to `config`; returns it and the run folder (`run_dir` where no flag names one).
 
     Members of unions keep the kind that `config` gives them: an `MLA` has the flags of an `MLA`. An unknown flag or an
@@ -85,4 +85,5 @@ def override(config: "RunConfig", args: Sequence[str], run_dir: str) -> tuple["R
         """
         return config, run_dir
 
-    return tyro.cli(command, args=args, prog=f"{_PROG} CONFIG.py", config=(tyro.conf.AvoidSubcommands,))
+    prog = f"deepseek-jax {verb} CONFIG.py"
+    return tyro.cli(command, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,))

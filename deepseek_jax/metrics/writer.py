@@ -52,10 +52,10 @@ class JsonlWriter:
                 Arrays (numpy or jax, any dtype) become numbers or nested lists.
         Raises: ValueError for a record without `step`, or a value that is none of these.
         """
-        plain = {str(name): _plain(value, str(name)) for name, value in record.items()}
-        if type(plain.get("step")) is not int:
-            raise ValueError(f"step={plain.get('step')!r}: a metric line needs an int 'step'")
-        self._file.write(json.dumps(plain, allow_nan=False))
+        line = {str(name): plain(value, str(name)) for name, value in record.items()}
+        if type(line.get("step")) is not int:
+            raise ValueError(f"step={line.get('step')!r}: a metric line needs an int 'step'")
+        self._file.write(json.dumps(line, allow_nan=False))
 
     def flush(self) -> None:
         """Returns when every line is in the file, so that no kill can lose it."""
@@ -90,10 +90,10 @@ def _lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}") from None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise ValueError(f"{path}, line {number}: a metric line is an object with an int 'step': {line[:80]!r}")
-        yield line, _with_floats(record)
+        yield line, with_floats(record)
 
 
-def _plain(value: Any, name: str) -> Any:
+def plain(value: Any, name: str) -> Any:
     """A value as what JSON holds."""
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -102,22 +102,22 @@ def _plain(value: Any, name: str) -> Any:
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
+        return [plain(item, name) for item in value]
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         array = np.asarray(value)
         if array.dtype.kind not in "biu":
             array = array.astype(np.float64)  # exact for every float of 64 bits or fewer, bfloat16 included
-        return _plain(array.tolist(), name)
+        return plain(array.tolist(), name)
     raise ValueError(f"{name}={value!r} ({type(value).__name__}): give a number, a string, an array, a list or a dict")
 
 
-def _with_floats(value: Any) -> Any:
+def with_floats(value: Any) -> Any:
     if isinstance(value, str):
         return _NOT_IN_JSON.get(value, value)
     if isinstance(value, list):
-        return [_with_floats(item) for item in value]
+        return [with_floats(item) for item in value]
     if isinstance(value, dict):
-        return {key: _with_floats(item) for key, item in value.items()}
+        return {key: with_floats(item) for key, item in value.items()}
     return value

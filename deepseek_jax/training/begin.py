@@ -36,15 +36,21 @@ def resume(
     Raises: ValueError where the checkpoint was made by another configuration or from other data.
     """
     step = store.latest_good(config.verify_checkpoints, say)
-    if step is None:
-        return None
-    require_same(store.meta(step).get("pinned", {}), pinned)
-    state, meta = store.restore(template, batches, step)
+    state, meta = None, {}
+    if step is not None:
+        meta = store.meta(step)
+        require_same(meta.get("pinned", {}), pinned)
+        if meta.get("horizon", config.horizon) != config.horizon:
+            say(
+                f"the schedule was laid out for {meta['horizon']:,} tokens, and is for {config.horizon:,} now: the rates "
+                f"of this run are those of neither. A run that may grow names its train_tokens from the start"
+            )
+        state, meta = store.restore(template, batches, step)
     for later in store.steps():
-        if later > step:
+        if step is None or later > step:
             say(f"checkpoint {store.directory / str(later)} is deleted, to be written again")
             store.discard(later)
-    return state, step, meta
+    return None if state is None or step is None else (state, step, meta)
 
 
 def fresh(config: RunConfig, mesh: Mesh, run_dir: Any, say: Callable[[str], None]) -> TrainState:

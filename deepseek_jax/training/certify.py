@@ -24,6 +24,7 @@ from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.metrics.manifest import package_versions
 from deepseek_jax.metrics.writer import read_jsonl
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serialize import check_types, to_dict
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.state import abstract_state
@@ -87,6 +88,9 @@ def certify(
         _kill_after(child, killed, steps)
         say("started again")
         _finish(_start(file, killed), killed)
+    began = [start["from_step"] for start in json.loads((killed / "manifest.json").read_text(encoding="utf-8"))["runs"]]
+    if began != [0, steps]:
+        raise RuntimeError(f"the run in {killed} began at steps {began}, should be {[0, steps]}: nothing is proved")
     differences = _differences(config, unbroken, killed)
     certificate = {
         "equal": not differences,
@@ -107,20 +111,20 @@ def certify(
     return certificate
 
 
-def _start(config: Path, run_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(config), str(run_dir)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True,
-    )  # fmt: skip
+def _start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "said.txt").open("ab") as said:  # a pipe that nobody empties would stop the child
+        words = [sys.executable, "-c", _CHILD, str(config), str(run_dir)]
+        return subprocess.Popen(words, stderr=said, stdout=subprocess.DEVNULL)
 
 
-def _finish(child: subprocess.Popen[str], run_dir: Path) -> None:
-    _, said = child.communicate()
-    if child.returncode:
+def _finish(child: subprocess.Popen[bytes], run_dir: Path) -> None:
+    if child.wait():
+        said = (run_dir / "said.txt").read_text(encoding="utf-8", errors="replace")
         raise RuntimeError(f"the run in {run_dir} ended with code {child.returncode}:\n{said[-4000:]}")
 
 
-def _kill_after(child: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def _kill_after(child: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
     """SIGKILL once the checkpoint of `step` is whole, with whatever the process is doing then."""
     manifest = run_dir / "checkpoints" / str(step) / "sha256.0.json"
     while not manifest.exists():
@@ -129,7 +133,8 @@ def _kill_after(child: subprocess.Popen[str], run_dir: Path, step: int) -> None:
             raise RuntimeError(f"the run in {run_dir} ended without a checkpoint of step {step}")
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    if child.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"the run in {run_dir} ended before it could be killed: give it more steps after the save")
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -137,8 +142,8 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in _TIMES} for line in lines]
 
 
-def _restored(config: RunConfig, run_dir: Path) -> dict[str, bytes]:
-    """Leaf name -> bytes of the last checkpoint, the data iterator's state with them."""
+def _restored(config: RunConfig, run_dir: Path) -> dict[str, str]:
+    """Leaf name -> SHA-256 of the last checkpoint's, the data iterator's state with them."""
     positions: list[bytes] = []
 
     class Iterator:
@@ -149,16 +154,14 @@ def _restored(config: RunConfig, run_dir: Path) -> dict[str, bytes]:
             positions.append(json.dumps(state, sort_keys=True).encode())
 
     with Store(run_dir / "checkpoints", read_only=True) as store:
-        restored, _ = store.restore(abstract_state(config), Iterator(), config.last_step)
+        restored, _ = store.restore(abstract_state(config, make_mesh(config.mesh)), Iterator(), config.last_step)
     named, _ = leaves.flatten(restored)
-    return {name: np.asarray(jax.device_get(leaf)).tobytes() for name, leaf in named.items()} | {"data": positions[0]}
+    content = {name: np.asarray(jax.device_get(leaf)).tobytes() for name, leaf in named.items()}
+    return {name: hashlib.sha256(value).hexdigest() for name, value in (content | {"data": positions[0]}).items()}
 
 
 def _state_digest(config: RunConfig, run_dir: Path) -> str:
-    digest = hashlib.sha256()
-    for name, content in sorted(_restored(config, run_dir).items()):
-        digest.update(name.encode() + hashlib.sha256(content).digest())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(_restored(config, run_dir), sort_keys=True).encode()).hexdigest()
 
 
 def _differences(config: RunConfig, unbroken: Path, killed: Path) -> list[str]:

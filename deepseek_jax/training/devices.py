@@ -1,10 +1,19 @@
 """What the machine at hand can do with a configuration."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 
 from deepseek_jax.config import ModelConfig
+
+
+def check_precision(config: ModelConfig) -> None:
+    """Refuse float64 where jax would quietly compute in float32."""
+    settings: Any = jax.config
+    for name in ("dtype", "param_dtype"):
+        if getattr(config, name) == "float64" and not settings.jax_enable_x64:
+            raise ValueError(f"RunConfig.model.{name} = 'float64': set JAX_ENABLE_X64=1, or jax computes in float32")
 
 
 def fit_dtype(config: ModelConfig) -> tuple[ModelConfig, str | None]:

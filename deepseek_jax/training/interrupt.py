@@ -6,9 +6,10 @@ runs in a thread beside (`Interrupt.run`), while the main thread stays awake to 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -45,8 +46,8 @@ class Interrupt:
         while not interrupt.requested:   # from here on it is noted; a second one raises at once
             step()
     ```
-    Outside the main thread, where Python allows no handlers, it does nothing, and neither where jax.distributed runs:
-    there jax itself takes SIGTERM, and `multihost_utils.reached_preemption_sync_point` tells all processes together.
+    Outside the main thread, where Python allows no handlers, it does nothing. Where jax.distributed runs, jax itself
+    takes SIGTERM, and `multihost_utils.reached_preemption_sync_point` tells all processes together.
     """
 
     def __init__(self) -> None:
@@ -54,13 +55,16 @@ class Interrupt:
         """Name of the signal that came, such as "SIGTERM"."""
         self.deferred = False
         self._before: dict[int, Any] = {}
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Interrupt:
         import jax
 
         if threading.current_thread() is not threading.main_thread():
             return self
-        numbers = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
+        # Several processes must stop together: of SIGINT only one may hear.
+        alone = jax.process_count() == 1
+        numbers = [signal.SIGINT] * alone + [signal.SIGTERM] * (not jax.distributed.is_initialized())
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
@@ -73,7 +77,7 @@ class Interrupt:
         """Whether to stop before step `step`: the same answer on every process."""
         import jax
 
-        if jax.distributed.is_initialized() and jax.process_count() > 1:
+        if jax.distributed.is_initialized():
             from jax.experimental import multihost_utils
 
             if multihost_utils.reached_preemption_sync_point(step):
@@ -90,18 +94,23 @@ class Interrupt:
         result: list[T] = []
         failure: list[BaseException] = []
 
+        context = _contexts()
+
         def target() -> None:
             try:
-                result.append(work())
+                with context():
+                    result.append(work())
             except BaseException as error:
                 failure.append(error)
 
         thread = threading.Thread(target=target, name="deepseek_jax work", daemon=True)
+        self._thread = thread
         thread.start()
         while thread.is_alive():
             thread.join(timeout=0.05)
             if self.requested is not None and thread.is_alive():
                 raise Stopped(f"{self.requested} came", thread=thread)
+        self._thread = None
         if failure:
             raise failure[0]
         return result[0]
@@ -109,5 +118,28 @@ class Interrupt:
     def _handle(self, number: int, frame: Any) -> None:
         again, self.requested = self.requested is not None, signal.Signals(number).name
         if again or not self.deferred:
-            kind = KeyboardInterrupt if again else Stopped
-            raise kind(f"{self.requested} came" + (" again: stopped without another save" if again else ""))
+            if again:
+                raise KeyboardInterrupt(f"{self.requested} came again: stopped without another save")
+            raise Stopped(f"{self.requested} came before there was anything to save", thread=self._thread)
+
+
+def _contexts() -> Callable[[], Any]:
+    """jax's settings of this thread, to be entered in another: they are local to a thread."""
+    import jax
+
+    read: Any = jax.config  # its settings are made at run time, unknown to a type checker
+    settings = [
+        (jax.enable_x64, read.jax_enable_x64),
+        (jax.default_matmul_precision, read.jax_default_matmul_precision),
+        (jax.debug_nans, read.jax_debug_nans),
+        (jax.default_prng_impl, read.jax_default_prng_impl),
+    ]
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for context, value in settings:
+                stack.enter_context(context(value))
+            yield
+
+    return enter

@@ -20,13 +20,13 @@ from deepseek_jax.metrics.flops import peak_flops, train_flops_per_token
 from deepseek_jax.metrics.manifest import write_manifest
 from deepseek_jax.metrics.progress import Progress
 from deepseek_jax.metrics.report import report
-from deepseek_jax.metrics.writer import JsonlWriter, read_jsonl
+from deepseek_jax.metrics.writer import JsonlWriter, plain, read_jsonl, with_floats
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.serialize import check_types, to_dict
 from deepseek_jax.training.begin import fresh, pinned_fields, resume
 from deepseek_jax.training.config import RunConfig
-from deepseek_jax.training.devices import fit_dtype
+from deepseek_jax.training.devices import check_precision, fit_dtype
 from deepseek_jax.training.evaluate import make_evaluation
 from deepseek_jax.training.guard import all_finite
 from deepseek_jax.training.interrupt import Interrupt, Stopped
@@ -53,6 +53,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
     """
     check_types(config)
     check_writers(config.writers)
+    check_precision(config.model)
     run_dir = storage.path(run_dir)
     model, message = fit_dtype(config.model)
     config = replace(config, model=model)
@@ -95,26 +96,27 @@ def _run_to_end(
     with ExitStack() as stack:
         manifests = config.verify_checkpoints != "off"
         store = stack.enter_context(Store(run_dir / "checkpoints", keep=config.keep_checkpoints, manifests=manifests))
-        loop = _Loop(config, run_dir, mesh, data, store, interrupt, watchdog)
+        loop = _Loop(config, run_dir, mesh, data, store, interrupt, watchdog, lock)
         loop.begin(Progress(config.last_step, shown=progress).message)
-        names = config.writers if jax.process_index() == 0 else ()
-        writers = open_writers(names, run_dir, to_dict(config), resume_step=loop.resumed_from)
-        for writer in writers:
-            stack.callback(writer.close)
         bar = stack.enter_context(Progress(config.last_step, loop.step, shown=progress))
-        log = stack.enter_context(JsonlWriter(run_dir / "metrics.jsonl", resume_step=loop.resumed_from))
+        if jax.process_index() == 0:
+            # The line of the very step that is restored comes again where its evaluation was cut off.
+            kept = None if loop.resumed_from is None else loop.resumed_from - (loop.line is not None)
+            loop.log = stack.enter_context(JsonlWriter(run_dir / "metrics.jsonl", resume_step=kept))
+            loop.writers = open_writers(config.writers, run_dir, to_dict(config), resume_step=kept)
+            for writer in loop.writers:
+                stack.callback(writer.close)
         interrupt.deferred = True
         try:
-            loop.run(log, writers, bar, lock)
+            loop.run(bar)
         except Stopped as stop:
-            log.flush()
             loop.save(bar.message)
-            loop.finish_saves(bar.message)
+            loop.finish_saves(bar.message, last=True)
             where = f"at step {loop.step} of {config.last_step}" + (", which is saved" if loop.step else "")
             raise Stopped(
                 f"{interrupt.requested}: stopped {where}; the same command goes on from there", loop.step, stop.thread
             ) from None
-        loop.finish_saves(bar.message)
+        loop.finish_saves(bar.message, last=True)
     return loop
 
 
@@ -123,10 +125,12 @@ class _Loop:
 
     def __init__(
         self, config: RunConfig, run_dir: Any, mesh: Mesh, data: Any, store: Store, interrupt: Interrupt,
-        watchdog: Watchdog,
+        watchdog: Watchdog, lock: storage.RunLock | None,
     ):  # fmt: skip
         self.config, self.run_dir, self.mesh, self.data = config, run_dir, mesh, data
-        self.store, self.interrupt, self.watchdog = store, interrupt, watchdog
+        self.store, self.interrupt, self.watchdog, self.lock = store, interrupt, watchdog, lock
+        self.log: JsonlWriter | None = None
+        self.writers: list[Any] = []
         self.batches = data.train_batches(config.piece_size, config.seed)
         self.pinned = pinned_fields(to_dict(config), data.fingerprint)
         self.evaluate = make_evaluation(config, mesh, data)
@@ -134,6 +138,7 @@ class _Loop:
         self.step = 0
         self.resumed_from: int | None = None
         self.saved: int | None = None
+        """The last step that was given to the store."""
         self.compiling_s = 0.0
         """Seconds that compiling the step took since the last log line: no part of its speed."""
         self.line: dict[str, Any] | None = None
@@ -144,7 +149,6 @@ class _Loop:
 
     def begin(self, say: Any) -> None:
         """Takes the state from the last good checkpoint, or makes that of step 0, and writes the manifest."""
-        self.watchdog.beat("restoring or making the first state")
         template = abstract_state(self.config, self.mesh)
         resumed = resume(self.config, template, self.store, self.batches, self.pinned, say)
         if resumed is None:
@@ -152,25 +156,24 @@ class _Loop:
         else:
             self.state, self.step, note = resumed
             self.resumed_from = self.saved = self.step
-            self.line = note.get("line")
-            if self.step < self.config.last_step:
-                say(f"continuing {self.run_dir} from step {self.step}")
-        write_manifest(
-            self.run_dir, to_dict(self.config),
-            {
-                "seeds": {"run": self.config.seed}, "mesh": dict(self.mesh.shape), "data": self.data.summary(),
-                "from_step": self.step,
-            },
-        )  # fmt: skip
+            self.line = with_floats(note.get("line"))
+            done = self.step >= self.config.last_step
+            say(
+                f"{self.run_dir} is at step {self.step} of {self.config.last_step}: "
+                + ("done" if done else "continuing")
+            )
+        if jax.process_index() == 0:
+            facts = {"seeds": {"run": self.config.seed}, "mesh": dict(self.mesh.shape), "data": self.data.summary()}
+            write_manifest(self.run_dir, to_dict(self.config), {**facts, "from_step": self.step})
 
-    def run(self, log: JsonlWriter, writers: list[Any], bar: Progress, lock: storage.RunLock | None) -> None:
+    def run(self, bar: Progress) -> None:
         """Steps to the end."""
         config = self.config
         skips = SkipWatch(config, self.run_dir, bar.message, int(self.state.guard.skipped))
         if self.resumed_from is None:
             self.line = {"step": 0, "tokens": 0}
         if self.line is not None:
-            self._log(log, writers, bar, evaluate=True)
+            self._log(bar, evaluate=True)
         since, since_tokens = time.perf_counter(), self.tokens
         tracing = False
         while self.step < config.last_step:
@@ -198,13 +201,10 @@ class _Loop:
                     "tokens_per_second": speed,
                     **({"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}),
                 }
-                self._log(log, writers, bar, evaluate)
+                self._log(bar, evaluate)
                 since, since_tokens, self.compiling_s = time.perf_counter(), self.tokens, 0.0
             if self.step % config.checkpoint_every == 0 or last:
                 skips.look()
-                log.flush()  # lines that the checkpoint has passed are not written again
-                if lock is not None:
-                    lock.check()
                 self.save(bar.message)
         self._trace(tracing, end=True)
 
@@ -220,33 +220,42 @@ class _Loop:
         """
         if self.saved == self.step or self.step == 0:
             return
+        if self.lock is not None:
+            self.lock.check()
+        if self.log is not None:
+            self.log.flush()  # lines that the checkpoint has passed are not written again
+        self.finish_saves(say)
         self.watchdog.beat(f"saving step {self.step}")
         if not bool(all_finite(self.state)):
             raise NotFinite(f"the state of step {self.step} holds numbers that are not finite: it is not saved")
-        note = {"tokens": self.tokens, "pinned": self.pinned, "line": self.line}
+        line = None if self.line is None else plain(self.line, "line")
+        note = {"tokens": self.tokens, "horizon": self.config.horizon, "pinned": self.pinned, "line": line}
+        self.saved = self.step
         try:
-            self.store.save(self.step, self.state, self.batches, note)
-            self.saved = self.step
+            if not self.store.save(self.step, self.state, self.batches, note):
+                raise OSError(f"a checkpoint of step {self.step} is there already, and not from this run")
         except (OSError, ValueError, RuntimeError) as error:
             self._save_failed(error, say)
 
-    def finish_saves(self, say: Any) -> None:
-        """Returns when the save under way is on disk."""
-        self.watchdog.beat("finishing the last save")
+    def finish_saves(self, say: Any, *, last: bool = False) -> None:
+        """Returns when the save under way is on disk, or its failure is told; that of the last save is raised always."""
+        self.watchdog.beat(f"finishing the save of step {self.saved}")
         try:
             self.store.wait()
         except (OSError, ValueError, RuntimeError) as error:
-            self._save_failed(error, say)
+            self._save_failed(error, say, last=last)
+        if last and self.step and self.step not in (on_disk := self.store.steps()):
+            raise SaveFailed(f"step {self.step}, the last, is not in {self.store.directory}, which holds {on_disk}")
 
-    def _save_failed(self, error: Exception, say: Any) -> None:
-        self.saved = None
+    def _save_failed(self, error: Exception, say: Any, *, last: bool = False) -> None:
+        step, self.saved = self.saved, None
+        said = str(error).strip().splitlines() or ["no message"]
         message = (
-            f"step {self.step}: saving a checkpoint to {self.store.directory} failed ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); on disk: steps "
-            f"{self.store.steps()}"
+            f"step {step}: saving a checkpoint to {self.store.directory} failed ({type(error).__name__}: {said[0]}); "
+            f"on disk: steps {self.store.steps()}"
         )
-        if self.config.on_save_error == "stop":
-            raise SaveFailed(f"{message}. RunConfig.on_save_error = 'continue' would try again later") from error
+        if last or self.config.on_save_error == "stop":
+            raise SaveFailed(f"{message}. RunConfig.on_save_error = 'continue' tries again at the next one") from error
         say(f"{message}; going on")
 
     def _aside(self, work: Any) -> Any:
@@ -279,15 +288,16 @@ class _Loop:
         pieces = [next(self.batches) for _ in range(count)]
         return pieces[0] if count == 1 else {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
 
-    def _log(self, log: JsonlWriter, writers: list[Any], bar: Progress, evaluate: bool) -> None:
+    def _log(self, bar: Progress, evaluate: bool) -> None:
         assert self.line is not None
         line = self.line
         if evaluate:
             self.watchdog.beat("evaluating")
             line = line | self._aside(lambda: self.evaluate(self.state))
-        log.write(line)
+        if self.log is not None:
+            self.log.write(line)
         self.line = None
-        for writer in writers:
+        for writer in self.writers:
             writer.write(line["step"], {name: value for name, value in line.items() if name != "step"})
         if "loss" in line:
             bar.update(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.training.config import AdamW
 from deepseek_jax.types import Array
 
@@ -22,7 +23,7 @@ def decayed(params: Any) -> Any:
 
 
 def make_optimizer(config: AdamW, learning_rate: Callable[[Any], Array]) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled, masked decay.
+    """Clip by global norm, then AdamW with decoupled, masked decay. Gradients are to come in float32 or wider.
 
     Args:
         config: its constants.
@@ -32,30 +33,34 @@ def make_optimizer(config: AdamW, learning_rate: Callable[[Any], Array]) -> opta
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
-            adam if config.moment_dtype == "float32" else _stored_as(adam, jnp.dtype(config.moment_dtype)),
+            _stored_as(adam, config.moment_dtype),
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.scale_by_learning_rate(learning_rate),
         ),
     )
 
 
-def _stored_as(adam: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
-    """Adam whose state keeps both moments in `dtype` between updates (V3, section 3.3.3)."""
+def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Adam that computes in float32 or wider, and keeps both moments in `dtype` between updates (V3, section 3.3.3).
 
-    def cast(state: Any, dtypes: Any) -> Any:
-        return state._replace(
-            mu=jax.tree.map(lambda x, d: x.astype(d), state.mu, dtypes),
-            nu=jax.tree.map(lambda x, d: x.astype(d), state.nu, dtypes),
-        )
+    "float32" is float64 for parameters of that. Gradients come in float32 or wider.
+    """
+
+    def cast(state: Any, to: Callable[[Array], Any]) -> Any:
+        def all_of(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.astype(to(x)), tree)
+
+        return state._replace(mu=all_of(state.mu), nu=all_of(state.nu))
 
     def stored(state: Any) -> Any:
-        return cast(state, jax.tree.map(lambda _: dtype, state.mu))
+        return cast(state, lambda x: at_least_float32(x.dtype) if dtype == "float32" else jnp.dtype(dtype))
 
     def init(params: Any) -> Any:
         return stored(adam.init(params))
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = adam.update(grads, cast(state, jax.tree.map(lambda g: g.dtype, grads)), params)
+        wide = jax.tree.leaves(grads)[0].dtype
+        updates, state = adam.update(grads, cast(state, lambda x: wide), params)
         return updates, stored(state)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

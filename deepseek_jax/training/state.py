@@ -38,10 +38,14 @@ def new_state(config: RunConfig, params: Any, router: Any) -> TrainState:
         params=params,
         router=router,
         opt_state=make_optimizer(config.optimizer, lambda step: jnp.zeros(())).init(params),
-        # Copies: the step gives its input's memory away, and no buffer can be given twice.
-        ema={} if config.ema_decay is None else jax.tree.map(jnp.copy, params),
+        ema={} if config.ema_decay is None else jax.tree.map(_wide_copy, params),
         guard=init_guard(config.spike_skip, at_least_float32(config.model.dtype)),
     )
+
+
+def _wide_copy(param: Array) -> Array:
+    """In float32 or wider: in bfloat16, 1 + 0.001 · anything is 1. A copy, since no buffer can be given away twice."""
+    return jnp.array(param, at_least_float32(param.dtype), copy=True)
 
 
 def _boxed_state(config: RunConfig, key: Array) -> TrainState:

@@ -55,8 +55,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
 
         pieces = _pieces(config, batch)
         grads, total, losses = _summed(piece, batch, pieces)
-        # Summed in float32 or wider; the optimizer's state keeps the parameters' dtype whatever the accumulation.
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+        grads = jax.tree.map(lambda grad: grad.astype(at_least_float32(grad.dtype)), grads)
         grad_norm = optax.tree.norm(grads)
         ok, guard = judge(config.spike_skip, state.guard, total, grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -109,15 +108,10 @@ def _pieces(config: RunConfig, batch: Batch) -> int:
 
 
 def _running_mean(decay: float | None, ema: Any, params: Any) -> Any:
-    """decay · mean + (1 - decay) · parameters, in float32 or wider."""
+    """decay · mean + (1 - decay) · parameters, in the mean's dtype, float32 or wider."""
     if decay is None:
         return ema
-
-    def one(mean: Array, param: Array) -> Array:
-        wide = at_least_float32(mean.dtype)
-        return (decay * mean.astype(wide) + (1 - decay) * param.astype(wide)).astype(mean.dtype)
-
-    return jax.tree.map(one, ema, params)
+    return jax.tree.map(lambda mean, param: decay * mean + (1 - decay) * param.astype(mean.dtype), ema, params)
 
 
 def _summed(piece: Callable[[Batch], Any], batch: Batch, accumulation: int) -> Any:

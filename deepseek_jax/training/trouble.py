@@ -71,7 +71,7 @@ class SkipWatch:
             folder = self._save(step)
             raise NotFinite(
                 f"{self._limit} updates in a row were not finite, or spikes, up to step {step} (loss {loss:.4g}, gradient "
-                f"norm {norm:.4g}): stopped. Their batches are in {folder}; the last checkpoint is from before them. "
+                f"norm {norm:.4g}): stopped. Their batches are in {folder}; no checkpoint holds anything of them. "
                 f"RunConfig.max_skipped_in_a_row sets the limit"
             )
 

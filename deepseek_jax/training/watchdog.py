@@ -19,7 +19,9 @@ _GRACE = 30.0  # seconds that the thread below gets before the C library ends a 
 
 
 class Watchdog:
-    """Ends the process when `beat` has not been called for `timeout` seconds, after printing all threads' stacks.
+    """Ends the process when `beat` has not been called for `timeout` seconds after the first time, with all threads' stacks.
+
+    Reading a corpus and restoring a checkpoint come before the first beat: they take as long as they take.
 
     They go to stderr and to `hang.txt` in the run folder. Where the interpreter itself is stuck (an extension that
     keeps the lock), the C library's timer prints to stderr and ends the process with code 1.
@@ -35,23 +37,25 @@ class Watchdog:
         self._last = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="deepseek_jax watchdog", daemon=True)
-        self._doing = "starting"
+        self._doing = ""
+        self._started, self._armed = False, -1e9
 
     def beat(self, doing: str) -> None:
         """Something was done, or begins: `doing` names what comes next, for the message."""
         self._last, self._doing = time.monotonic(), doing
-        if self._timeout:
+        if self._timeout and not self._started:
+            self._started = True
+            self._thread.start()
+        if self._timeout and self._last - self._armed > 1:
+            self._armed = self._last
             faulthandler.dump_traceback_later(self._timeout + _GRACE, exit=True, file=sys.__stderr__ or 2)
 
     def __enter__(self) -> Watchdog:
-        if self._timeout:
-            self.beat("starting")
-            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._done.set()
-        if self._timeout:
+        if self._started:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join()
 

@@ -60,12 +60,12 @@ def draw(lines: list[dict]) -> None:
     for axes, recipe in zip(figure.subplots(2, 2).flat, RECIPES, strict=True):
         for seed in sorted({line["seed"] for line in lines}):
             own = [line for line in lines if (line["recipe"], line["seed"]) == (recipe, seed)]
-            points = [(line["tokens"], line["loss_main"]) for line in own if "loss_main" in line]
+            points = [(line["tokens"] / 1e6, line["loss_main"]) for line in own if "loss_main" in line]
             held_out = [line["held_out_bits_per_byte"] for line in own if "held_out_bits_per_byte" in line]
             label = f"seed {seed}: {held_out[0]:.2f} → {held_out[-1]:.2f} bits per byte"
             axes.plot(*zip(*points, strict=True), label=label)
         axes.set_title(f"deepseek_{recipe}_small", fontsize=10)
-        axes.set_xlabel("tokens")
+        axes.set_xlabel("million tokens")
         axes.set_ylabel("next-token loss, nats")
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(HERE / "curves.png", dpi=110)
