@@ -16,6 +16,13 @@ KINDS = ("llm-gqa", "v2-lite", "v3")  # GQA and MLA, with and without a query la
 PLACES = 29  # no dim of the models
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """GPUs multiply float32 in TF32 unless told otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_chunks_and_decoding_equal_the_full_pass(kind):
     """Rows of 13, 6 and 1 tokens: prefilled to 8, 5, 1, extended by a padded chunk of 4, then token by token."""

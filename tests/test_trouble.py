@@ -295,7 +295,7 @@ def test_certificate(small, tmp_path):
         mtp_loss_weight=ByTokens(values=(0.3, 0.1), boundaries=(300,)),
         bias_update_speed=ByTokens(values=(0.01, 0.0), boundaries=(400,)),
     )  # fmt: skip
-    sources = (*config.data.sources, PythonStdlib(max_bytes=40_000, weight=0.5))
+    sources = (*config.data.sources, PythonStdlib(max_bytes=400_000, weight=0.5))
     config = replace(config, data=replace(config.data, sources=sources, cross_document_attention=False))
     before = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, quick to compile
