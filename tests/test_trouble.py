@@ -274,11 +274,23 @@ def test_another_recipe_is_refused(small, quiet_train, tmp_path):
 
 def test_weights_of_another_run(small, quiet_train, tmp_path):
     first = quiet_train(small(steps=4), tmp_path / "first")
-    config = small(steps=1, init_from=str(tmp_path / "first"), schedule=MultiStep(peak=1e-30, warmup_steps=0))
+    config = small(
+        steps=1, init_from=str(tmp_path / "first"), schedule=MultiStep(peak=1e-30, warmup_steps=0), profile="0:1",
+        writers=("tensorboard",),
+    )  # fmt: skip
     second = quiet_train(config, tmp_path / "second")
+    assert list((tmp_path / "second" / "profile").rglob("*.xplane.pb")), "a trace for xprof"
+    assert list((tmp_path / "second").rglob("events.out.tfevents.*"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), second.state.params, first.state.params)
     assert second.metrics[0]["held_out_loss"] == first.metrics[-1]["held_out_loss"]
-    with pytest.raises(ValueError, match="init_from = '.*absent' has no checkpoints folder"):
+    variables, tokenizer = {"params": first.state.params}, tmp_path / "first" / "tokenizer.json"
+    dsj.save_hf(tmp_path / "hf", dsj.DeepSeek(config.model), variables, "float32", tokenizer=tokenizer, progress=False)
+    third = quiet_train(replace(config, init_from=str(tmp_path / "hf"), profile=None, writers=()), tmp_path / "hf run")
+    assert third.metrics[0]["held_out_loss"] == first.metrics[-1]["held_out_loss"]
+    deeper = replace(config, model=replace(config.model, num_hidden_layers=2), init_from=str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match="does not match this configuration"):
+        quiet_train(deeper, tmp_path / "deeper")
+    with pytest.raises(ValueError, match="init_from = '.*absent' holds neither checkpoints nor config.json"):
         quiet_train(replace(config, init_from=str(tmp_path / "absent")), tmp_path / "third")
 
 

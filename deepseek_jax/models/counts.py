@@ -36,7 +36,11 @@ class Counts:
 
 def abstract_variables(config: ModelConfig) -> Any:
     """Variables of `DeepSeek(config)` as boxed `ShapeDtypeStruct`s: `Weight` leaves carry the logical axes."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    ambient = jax.sharding.get_abstract_mesh()
+    sequences = (
+        1 if ambient.empty else ambient.size
+    )  # shapes of weights do not depend on them, but a mesh must divide them
+    tokens = jax.ShapeDtypeStruct((sequences, 2), jnp.int32)
     return jax.eval_shape(lambda key, ids: DeepSeek(config).init_boxed(key, ids), jax.random.key(0), tokens)
 
 

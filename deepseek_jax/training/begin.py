@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax import storage
+from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.training.config import RunConfig
@@ -58,7 +59,7 @@ def fresh(config: RunConfig, mesh: Mesh, run_dir: Any, say: Callable[[str], None
     if config.init_from is None:
         return init_state(config, mesh)
     template = abstract_state(config, mesh)
-    params, router = _weights_of(config, template, run_dir, say)
+    params, router = _weights_of(config, template, mesh, run_dir, say)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
     return jax.jit(lambda p, r: new_state(config, p, r), out_shardings=shardings)(params, router)
 
@@ -91,23 +92,38 @@ def _changes(saved: Any, now: Any, where: str) -> Any:
         yield f"{where}: {saved!r} in the checkpoint, {now!r} now"
 
 
-def _weights_of(config: RunConfig, template: TrainState, run_dir: Any, say: Callable[[str], None]) -> tuple[Any, Any]:
-    """Parameters and selection biases of the run that `init_from` names."""
+def _weights_of(
+    config: RunConfig, template: TrainState, mesh: Mesh, run_dir: Any, say: Callable[[str], None]
+) -> tuple[Any, Any]:
+    """Parameters and selection biases of the run, or of the published checkpoint, that `init_from` names."""
     source = storage.path(config.init_from or "")
-    remedy = "give the folder of a run that has a checkpoint"
-    if not (source / "checkpoints").exists():
-        raise ValueError(f"RunConfig.init_from = {config.init_from!r} has no checkpoints folder: {remedy}")
-    ours, theirs = (load_tokenizer(folder / "tokenizer.json").sha256 for folder in (run_dir, source))
-    if ours != theirs:
+    published = (source / "config.json").exists()
+    what = f"RunConfig.init_from = {config.init_from!r}"
+    if not published and not (source / "checkpoints").exists():
         raise ValueError(
-            f"RunConfig.init_from = {config.init_from!r} was trained with another tokenizer than data gives now: "
-            f"set data.tokenizer to {source / 'tokenizer.json'}"
+            f"{what} holds neither checkpoints nor config.json: give a run folder or a published checkpoint"
         )
+    if not published or (source / "tokenizer.json").exists():
+        ours, theirs = (load_tokenizer(folder / "tokenizer.json").sha256 for folder in (run_dir, source))
+        if ours != theirs:
+            raise ValueError(
+                f"{what} was trained with another tokenizer than data gives now: set data.tokenizer to "
+                f"{source / 'tokenizer.json'}"
+            )
+    wanted = {"params": template.params, **({"router": template.router} if template.router else {})}
+    if published:
+        from deepseek_jax.interop.load import load_hf
+
+        dtype: Any = config.model.param_dtype
+        _, weights = load_hf(source, dtype, mesh, mtp=config.model.num_nextn_predict_layers > 0)
+        records = [leaves.record(leaves.flatten(tree)[0]) for tree in (weights, wanted)]
+        leaves.require_equal(*records, where=f"{what}: the model in config.json")
+        say(f"weights of the published checkpoint {source}")
+        return weights["params"], weights.get("router", {})
     with Store(source / "checkpoints", read_only=True) as store:
         step = store.latest_good(config.verify_checkpoints, say)
         if step is None:
-            raise ValueError(f"RunConfig.init_from = {config.init_from!r} has no finished checkpoint: {remedy}")
-        wanted = {"params": template.params, **({"router": template.router} if template.router else {})}
+            raise ValueError(f"{what} has no finished checkpoint: give the folder of a run that has one")
         weights, _ = store.restore_params(wanted, step)
     say(f"weights of step {step} of {source}")
     return weights["params"], weights.get("router", {})

@@ -76,7 +76,8 @@ class RunConfig:
     ema_decay: float | None = None
     """Decay a step of a running mean of the weights, kept beside them and evaluated too (V3 section 3.2.3)."""
     init_from: str | None = None
-    """Run folder whose last checkpoint gives the weights and selection biases of step 0; the optimizer begins anew."""
+    """Run folder (its last good checkpoint) or published checkpoint (config.json and safetensors) with the weights and
+    selection biases of step 0; the optimizer begins anew."""
     loss_chunk: int = 512
     """Positions whose logits exist at once."""
     seed: int = 0
