@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import MLA, ModelConfig, MoE, Rope
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.metrics.flops import peak_flops, train_flops_per_token
+from deepseek_jax.metrics.flops import mfu, peak_flops, train_flops_per_token
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.training import AdamW, MultiStep, RunConfig
 from deepseek_jax.training.state import init_state
@@ -78,11 +78,11 @@ def main() -> None:
                 continue
         seconds, count = statistics.median(times), options.batch * options.length
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-        peak_rate = peak_flops(jax.devices()[0].device_kind, config.dtype) or float("nan")
-        mfu = train_flops_per_token(config, options.length) * count / seconds / peak_rate
+        rate = peak_flops(jax.devices()[0].device_kind, config.dtype)
+        share = mfu(count / seconds, train_flops_per_token(config, options.length), 1, rate) or float("nan")
         print(
             f"remat {remat:5s} batch {options.batch}: {count / seconds:8.0f} tok/s  {seconds * 1e3:6.1f} ms "
-            f"(min {min(times) * 1e3:.1f} max {max(times) * 1e3:.1f})  MFU {100 * mfu:.1f} %  peak {peak:.1f} GiB  "
+            f"(min {min(times) * 1e3:.1f} max {max(times) * 1e3:.1f})  MFU {100 * share:.1f} %  peak {peak:.1f} GiB  "
             f"first step {compile_seconds:.0f} s  loss {first:.2f} -> {float(metrics['loss']):.2f}  "
             f"{replace(config, remat='none').name} on {jax.devices()[0].device_kind}, jax {jax.__version__}",
             flush=True,

@@ -16,7 +16,7 @@ from deepseek_jax import storage
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.dataset import load
 from deepseek_jax.metrics.adapters import check_writers, open_writers
-from deepseek_jax.metrics.flops import peak_flops, train_flops_per_token
+from deepseek_jax.metrics.flops import mfu, peak_flops, train_flops_per_token
 from deepseek_jax.metrics.manifest import write_manifest
 from deepseek_jax.metrics.progress import Progress
 from deepseek_jax.metrics.report import report
@@ -143,8 +143,7 @@ class _Loop:
         """Seconds that compiling the step took since the last log line: no part of its speed."""
         self.line: dict[str, Any] | None = None
         """A metrics line whose evaluation is still to come; saved too, so that an interrupted one is made up for."""
-        peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
-        self.peak = peak and peak * mesh.size
+        self.peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
         self.flops_per_token = train_flops_per_token(config.model, config.seq_len)
 
     def begin(self, say: Any) -> None:
@@ -193,13 +192,14 @@ class _Loop:
                 self.line = _line(metrics)  # waits for the device
                 now = time.perf_counter()
                 speed = (self.tokens - since_tokens) / (now - since - self.compiling_s)
+                share = mfu(speed, self.flops_per_token, self.mesh.size, self.peak)
                 self.line = {
                     "step": self.step,
                     "tokens": self.tokens,
                     **self.line,
                     "batch_size": len(host["tokens"]),
                     "tokens_per_second": speed,
-                    **({"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}),
+                    **({} if share is None else {"mfu": share}),
                 }
                 self._log(bar, evaluate)
                 since, since_tokens, self.compiling_s = time.perf_counter(), self.tokens, 0.0
