@@ -22,7 +22,7 @@ FLOORS = (
     {"cli"},
     {"posttrain", "plan", "evaluate"},
     {"training", "infer"},
-    {"data", "checkpoint", "interop", "metrics", "storage"},
+    {"chat", "data", "checkpoint", "interop", "metrics", "storage"},
     {"models"},
     {"layers"},
     {"parallel", "kernels"},
@@ -31,6 +31,8 @@ FLOORS = (
 # Arrows within a floor: importer -> imported.
 ARROWS = {
     ("training", "infer"),  # a run ends with sampled continuations
+    ("chat", "data"),  # the tokenizer
+    ("chat", "storage"),
     ("data", "storage"),
     ("checkpoint", "storage"),
     ("interop", "storage"),

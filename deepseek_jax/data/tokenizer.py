@@ -6,15 +6,19 @@ special token is text, decoding gives back the exact text, and a tokenizer is kn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from deepseek_jax.data.vocabulary import TOKENIZER_CONFIG, byte_characters, bytes_of_ids, stated_tokens
 from deepseek_jax.storage import path as storage_path
 from deepseek_jax.storage import write_atomic
 
@@ -47,13 +51,18 @@ class Tokenizer:
         vocab_size: largest id + 1.
         bos_id, eos_id: ids of the tokens that begin and end a document.
         pad_id: id of the padding token, or `eos_id` where the tokenizer has none.
+        special: name -> id of every token that stands for something other than its text. Published files flag only
+            some of them as special; here a name that begins with `<` or `｜` is one too (`<｜User｜>`, `<think>`).
+        hidden_ids: ids that `decode` leaves out with `skip_special`: those that the file itself flags as special.
+            Think tags and the tokens of tool calls are not among them.
         fim_ids: ids of the tokens that begin a text with a hole, stand for the hole, and end it; None where the
             tokenizer has no such tokens.
         sha256: hex hash of the tokenizer.json.
     """
 
-    def __init__(self, json_bytes: bytes, bos_token: str = BOS_TOKEN, eos_token: str = EOS_TOKEN):
-        """Reads the content of a tokenizer.json; `load_tokenizer` and `train_bpe` are the usual ways in.
+    def __init__(self, json_bytes: bytes, bos_token: str | int = BOS_TOKEN, eos_token: str | int = EOS_TOKEN):
+        """Reads the content of a tokenizer.json; `load_tokenizer` and `train_bpe` are the usual ways in. A token is
+        given by its name or its id.
 
         Raises: ValueError when the content is no tokenizer, or when it lacks `bos_token` or `eos_token`.
         """
@@ -67,6 +76,15 @@ class Tokenizer:
         # A file may carry the padding and truncation of the model it came from; a corpus wants neither.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special or t.content[0] in "<｜"}
+        self.hidden_ids = frozenset(i for i, t in added.items() if t.special)
+        # Special tokens are found by `encode` below; the library is to take every text as text. It does for tokens
+        # that it knows as special, and this call tells it of the others; no token is added.
+        self._tokenizer.add_special_tokens(list(self.special))
+        self._tokenizer.encode_special_tokens = True
+        names = sorted(self.special, key=len, reverse=True)  # the longest name wins where one begins another
+        self._names = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
         self._json_bytes = json_bytes
         self.sha256 = hashlib.sha256(json_bytes).hexdigest()
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -90,10 +108,21 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Ids of each text, on all cores; see `encode`."""
-        if self._byte_ids is not None and not special:  # the library takes a hundred times as long for it
+        if special:
+            return [self._encode_with_names(text) for text in texts]
+        if self._byte_ids is not None:  # the library takes a hundred times as long for it
             return [self._byte_ids[np.frombuffer(text.encode(), np.uint8)].tolist() for text in texts]
-        self._tokenizer.encode_special_tokens = not special
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def split_names(self, text: str) -> list[str]:
+        """The text cut before and after each name of a special token. No part is empty."""
+        return [part for part in (self._names.split(text) if self._names else [text]) if part]
+
+    def _encode_with_names(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self.split_names(text):
+            ids += [self.special[part]] if part in self.special else self.encode(part)
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of some ids, special tokens by name unless skipped. `decode(encode(text)) == text`; ids that end
@@ -104,20 +133,36 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"ids {outside[:5]} are outside the tokenizer's vocabulary of {self.vocab_size}")
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        if skip_special:
+            ids = [i for i in ids if i not in self.hidden_ids]
+        if self._bytes_of is None:
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return b"".join(self._bytes_of[i] for i in ids).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one id, which may begin or end within a character; of a special token, those of its name.
+
+        Raises: ValueError for an id outside the vocabulary, and where ids are no fixed bytes (SentencePiece).
+        """
+        if self._bytes_of is None:
+            raise ValueError("this tokenizer is not a byte-level one: its ids stand for no fixed bytes; use `decode`")
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"id {token_id} is outside the tokenizer's vocabulary of {self.vocab_size}")
+        return self._bytes_of[token_id]
+
+    @functools.cached_property
+    def _bytes_of(self) -> list[bytes] | None:
+        return bytes_of_ids(self._tokenizer, self.vocab_size)
 
     def strings(self) -> dict[int, str]:
         """The text of each id of a byte-level vocabulary; ids that are special, or no whole characters, left out."""
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-        special = {i for i, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        special = set(self.special.values())
         found = {}
-        for entry, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            if i not in special and all(character in byte_of for character in entry):
-                try:
-                    found[i] = bytes(byte_of[character] for character in entry).decode()
-                except UnicodeDecodeError:
-                    continue
-        return dict(sorted(found.items()))
+        for i, entry in enumerate(self._bytes_of or ()):
+            if entry and i not in special:
+                with contextlib.suppress(UnicodeDecodeError):
+                    found[i] = entry.decode()
+        return found
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for special tokens. For byte-level tokenizers
@@ -128,11 +173,19 @@ class Tokenizer:
         for entry, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
             lengths[i] = len(entry)
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
-            lengths[i] = 0 if added.special else len(added.content.encode())
+            lengths[i] = 0 if added.content in self.special else len(added.content.encode())
         return lengths
 
     def save(self, path: str | os.PathLike[str]) -> Any:
-        """Writes the tokenizer.json, byte for byte as it was read, so that its hash stays. Returns the path."""
+        """Writes the tokenizer.json, byte for byte as it was read, so that its hash stays; and beside it, where the
+        tokens that begin and end a document are not DeepSeek's, a tokenizer_config.json that names them. Returns the
+        path of the first."""
+        names = {
+            "bos_token": self._tokenizer.id_to_token(self.bos_id),
+            "eos_token": self._tokenizer.id_to_token(self.eos_id),
+        }
+        if tuple(names.values()) != (BOS_TOKEN, EOS_TOKEN):
+            write_atomic(storage_path(path).parent / TOKENIZER_CONFIG, json.dumps(names, ensure_ascii=False) + "\n")
         return write_atomic(path, self._json_bytes)
 
     def require_fits(self, model_vocab_size: int) -> None:
@@ -147,24 +200,29 @@ class Tokenizer:
         """The id of each byte, [256], where the tokenizer has bytes and special tokens alone."""
         special = self._tokenizer.get_added_tokens_decoder()
         plain = {t: i for t, i in self._tokenizer.get_vocab(with_added_tokens=False).items() if i not in special}
-        if sorted(plain) != sorted(_byte_characters()):
+        if sorted(plain) != sorted(byte_characters()):
             return None
-        return np.array([plain[character] for character in _byte_characters()], np.int32)
+        return np.array([plain[character] for character in byte_characters()], np.int32)
 
-    def _id(self, token: str, name: str) -> int:
-        token_id = self._tokenizer.token_to_id(token)
+    def _id(self, token: str | int, name: str) -> int:
+        if isinstance(token, int):
+            token_id = token if self._tokenizer.id_to_token(token) is not None else None
+        else:
+            token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise ValueError(f"{name}={token!r} is not in the tokenizer's vocabulary; name the token it uses instead")
         return token_id
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str], *, bos_token: str = BOS_TOKEN, eos_token: str = EOS_TOKEN
+    path: str | os.PathLike[str], *, bos_token: str | None = None, eos_token: str | None = None
 ) -> Tokenizer:
-    """Reads a tokenizer.json: one trained here, DeepSeek's own, or any other that names its `bos_token`/`eos_token`.
+    """Reads a tokenizer.json: one trained here, DeepSeek's own, or any other.
 
     Args:
         path: the file, or a folder that holds tokenizer.json.
+        bos_token, eos_token: names of the tokens that begin and end a document. By default those that
+            tokenizer_config.json or config.json state beside the file, and DeepSeek's where neither does.
     Raises: ValueError when there is no such file, and as `Tokenizer`.
     """
     file = storage_path(path)
@@ -172,7 +230,9 @@ def load_tokenizer(
     if not file.exists():
         raise ValueError(f"tokenizer={str(path)!r}: no such file; give the path of a tokenizer.json")
     try:
-        return Tokenizer(file.read_bytes(), bos_token, eos_token)
+        stated = stated_tokens(file.parent) if bos_token is None or eos_token is None else {}
+        bos, eos = bos_token or stated.get("bos_token"), eos_token or stated.get("eos_token")
+        return Tokenizer(file.read_bytes(), BOS_TOKEN if bos is None else bos, EOS_TOKEN if eos is None else eos)
     except ValueError as error:
         raise ValueError(f"tokenizer={str(path)!r}: {error}") from None
 
@@ -182,7 +242,7 @@ def byte_tokenizer(*, fim: bool = False) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    entries = [*SPECIAL_TOKENS, *_byte_characters()]
+    entries = [*SPECIAL_TOKENS, *byte_characters()]
     tokenizer = Backend(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -223,7 +283,7 @@ def train_bpe(
         vocab_size=vocab_size - len(FIM_TOKENS) * fim,
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(_byte_characters()),  # ids follow this order
+        initial_alphabet=sorted(byte_characters()),  # ids follow this order
         show_progress=sys.stderr.isatty() if progress is None else progress,
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
@@ -243,12 +303,3 @@ def _untrained_bpe() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-@functools.cache
-def _byte_characters() -> tuple[str, ...]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table): printable ones for
-    themselves, the others for the characters from U+0100 on, in order."""
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return tuple(chr(byte if byte in plain else next(others)) for byte in range(256))
