@@ -46,8 +46,10 @@ def ours(options: argparse.Namespace) -> dict:
 
     variables = draw()
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (options.batch, PROMPT)).tolist()
-    engine = Engine(model, variables, slots=options.batch, places=PROMPT + NEW, chunk=512, decode_steps=32)
-    requests = [Request(prompt, Sampling(max_new_tokens=NEW)) for prompt in prompts]
+    engine = Engine(
+        model, variables, slots=options.batch, places=PROMPT + NEW, chunk=512, decode_steps=32, consume=True
+    )
+    requests = [Request(prompt=prompt, sampling=Sampling(max_new_tokens=NEW)) for prompt in prompts]
     start = time.perf_counter()
     engine.generate(requests)
     first = time.perf_counter() - start

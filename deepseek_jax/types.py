@@ -31,6 +31,8 @@ class RouterStats:
     """Float32 [L]: token-expert pairs dropped for capacity."""
     valid_sequences: Array
     """Float32 [L, B]: 1 where the sequence holds at least one counted token."""
+    experts: Array | None = None
+    """Int32 [L, B, T, X]: the experts of every token; in cached inference alone."""
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ from helpers import micro, random_tokens, random_variables
 
 import deepseek_jax as dsj
 from deepseek_jax.layers.experts import few_tokens_experts, routed_experts
-from deepseek_jax.models.transformer import init_cache
+from deepseek_jax.models.cached import extend, init_cache, unstack
 
 KINDS = ("llm-gqa", "v2-lite", "v3")  # GQA and MLA, with and without a query latent, both gates
 PLACES = 29  # no dim of the models
@@ -30,12 +30,8 @@ def test_prefill_chunks_and_decoding_equal_the_full_pass(kind):
     model, variables = dsj.DeepSeek(config), random_variables(config)
     tokens = random_tokens(config, (3, 13))
     expected = model.apply(variables, tokens, method="hidden").hidden
-    extend = jax.jit(
-        lambda tokens, positions, cache, fresh: model.apply(
-            variables, tokens, positions, cache, fresh, method="extend"
-        ),
-        static_argnums=3,
-    )
+    run = jax.jit(extend, static_argnums=(0, 5))
+    weights = unstack(model, variables)
     cache, done, total = init_cache(config, 3, PLACES), np.zeros(3, np.int32), np.array([13, 6, 1])
     for width, wanted, fresh in (
         (8, [8, 5, 1], True),
@@ -46,7 +42,7 @@ def test_prefill_chunks_and_decoding_equal_the_full_pass(kind):
         place = done[:, None] + np.arange(width)
         positions = np.where(np.arange(width) < np.array(wanted)[:, None], place, PLACES).astype(np.int32)
         new = np.take_along_axis(np.asarray(tokens), np.minimum(place, 12), axis=1)
-        hidden, cache = extend(jnp.asarray(new), jnp.asarray(positions), cache, fresh)
+        hidden, cache, _ = run(model, weights, jnp.asarray(new), jnp.asarray(positions), cache, fresh)
         for row, count in enumerate(wanted):
             np.testing.assert_allclose(
                 hidden[row, :count], expected[row, done[row] : done[row] + count], rtol=1e-5, atol=1e-5
@@ -71,11 +67,10 @@ def test_absorbed_decoding_reads_the_latent_alone():
     config = replace(micro("v3", num_hidden_layers=2), num_nextn_predict_layers=0)
     variables = random_variables(config)
     cache = init_cache(config, 1, PLACES)
-    jaxpr = jax.make_jaxpr(
-        lambda v, c: dsj.DeepSeek(config).apply(
-            v, jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 5), c, method="extend"
-        )
-    )(variables, cache)
+    model = dsj.DeepSeek(config)
+    jaxpr = jax.make_jaxpr(lambda w, c: extend(model, w, jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 5), c))(
+        unstack(model, variables), cache
+    )
     heads = config.attention.num_attention_heads
     text = str(jaxpr)
     assert f"1,{PLACES},{heads}," not in text and f"1,{heads},1,{PLACES}" in text.replace("1,1,", "1,")

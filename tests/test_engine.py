@@ -7,7 +7,7 @@ import pytest
 from helpers import micro, random_variables
 
 import deepseek_jax as dsj
-from deepseek_jax.infer import engine as engine_module
+from deepseek_jax.infer import programs
 from deepseek_jax.infer.engine import Engine, Request
 from deepseek_jax.infer.reference import generate_reference
 from deepseek_jax.infer.sampling import Sampling, sample, settings
@@ -37,7 +37,7 @@ def test_greedy_equals_the_plain_sampler(kind):
     stop = expected[1].tokens[7]  # ends that one, and perhaps others
     expected = generate_reference(model, variables, prompts, max_new_tokens=20, stop_ids=(stop,))
     engine = Engine(model, variables, slots=3, places=64, chunk=16, decode_steps=4)
-    results = engine.generate([Request(prompt, Sampling(max_new_tokens=20, stop_ids=(stop,))) for prompt in prompts])
+    results = engine.generate([Request(prompt=prompt, sampling=Sampling(max_new_tokens=20, stop_ids=(stop,))) for prompt in prompts])
     assert min(len(result.tokens) for result in results) < 20
     for ours, theirs in zip(results, expected, strict=True):
         assert ours.tokens == theirs.tokens
@@ -48,12 +48,15 @@ def test_greedy_equals_the_plain_sampler(kind):
 def test_a_request_does_not_depend_on_its_neighbours():
     """Bit for bit: the same slots, so the same programs, whoever else is in them; and few programs in all."""
     model, variables, prompts = _model("v3")
-    for program in (engine_module._extend, engine_module._decode, engine_module._enter):
+    for program in (programs.prefill, programs.decode, programs.enter):
         program.clear_cache()
     engine = Engine(model, variables, slots=3, places=64, chunk=16)
     requests = [
         Request(
-            prompt, Sampling(max_new_tokens=12, temperature=0.9, top_p=0.9, top_k=50, seed=i, repetition_penalty=1.1)
+            prompt=prompt,
+            sampling=Sampling(
+                max_new_tokens=12, temperature=0.9, top_p=0.9, top_k=50, seed=i, repetition_penalty=1.1
+            ),
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -61,8 +64,8 @@ def test_a_request_does_not_depend_on_its_neighbours():
     assert [engine.generate([request])[0] for request in requests] == together
     assert len({tuple(result.tokens) for result in together}) == len(requests)
     # Chunks of 8 and 16, fresh and not; one program to enter a slot, one to decode.
-    assert engine_module._extend._cache_size() <= 4
-    assert engine_module._decode._cache_size() == engine_module._enter._cache_size() == 1
+    assert programs.prefill._cache_size() <= 4
+    assert programs.decode._cache_size() == programs.enter._cache_size() == 1
 
 
 def test_sampling_settings_by_hand():
@@ -71,9 +74,10 @@ def test_sampling_settings_by_hand():
 
     def drawn(**fields):
         rows = jnp.repeat(logits, 2000, axis=0)
-        given = settings([Sampling(seed=seed, **fields) for seed in range(2000)])
+        given = settings([Sampling(seed=seed, **fields) for seed in range(2000)], ~jnp.repeat(nothing, 2000, axis=0))
+        draws = Sampling(**fields).draws
         tokens, raw, sampled = sample(
-            rows, given, jnp.repeat(nothing, 2000, axis=0), jnp.zeros(2000, jnp.int32), 4, True
+            rows, given, jnp.repeat(nothing, 2000, axis=0), jnp.zeros(2000, jnp.int32), draws
         )
         np.testing.assert_allclose(np.exp(raw), np.array([0.4, 0.3, 0.2, 0.1])[np.asarray(tokens)], rtol=1e-5)
         return np.bincount(tokens, minlength=4) / 2000, dict(
@@ -93,11 +97,12 @@ def test_sampling_settings_by_hand():
         if fields["temperature"]:
             for token, probability in probabilities.items():
                 assert probability == pytest.approx(expected[token], rel=1e-4), fields
-    seen = jnp.array([[True, False, False, False]])
-    given = settings([Sampling(repetition_penalty=2.0)])
-    assert int(sample(logits + 2, given, seen, jnp.zeros(1, jnp.int32), 4, False)[0][0]) == 1
-    assert int(sample(logits + 2, given, nothing, jnp.zeros(1, jnp.int32), 4, False)[0][0]) == 0
-    assert int(sample(logits[:, ::-1], given, nothing, jnp.zeros(1, jnp.int32), 3, False)[0][0]) == 2
+    seen, start = jnp.array([[True, False, False, False]]), jnp.zeros(1, jnp.int32)
+    given = settings([Sampling(repetition_penalty=2.0)], ~nothing)
+    assert int(sample(logits + 2, given, seen, start, "nothing")[0][0]) == 1
+    assert int(sample(logits + 2, given, nothing, start, "nothing")[0][0]) == 0
+    given = settings([Sampling(temperature=1.0)], jnp.array([[False, False, False, True]]))
+    assert [np.asarray(x).tolist() for x in sample(logits, given, nothing, start, "whole")] == [[3], [0.0], [0.0]]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_bad_requests_are_named_before_anything_runs(change, said):
     model = dsj.DeepSeek(micro("llm"))
     engine = Engine(model, None, slots=1, places=64)
     with pytest.raises(ValueError, match=said):
-        engine.generate([Request(change["prompt"], Sampling(max_new_tokens=8))])
+        engine.generate([Request(prompt=change["prompt"], sampling=Sampling(max_new_tokens=8))])
 
 
 def test_bad_settings_are_named():

@@ -1,6 +1,6 @@
 """Generation from caches: slots that requests share, prefill in chunks, decoding that stays on the device.
 
-A request is prefilled alone, by itself, into a slot; all slots decode together, several steps at a time, and a slot whose
+A prompt is prefilled alone, by itself, into a slot; all slots decode together, several steps at a time, and a slot whose
 request has ended is refilled at once. Shapes depend on the number of slots, the places of a slot and a few widths of
 chunks only, so programs are few, and a request's result depends on no other: every operation of a step treats rows alone.
 """
@@ -9,53 +9,78 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax import lax
 
-from deepseek_jax.infer.sampling import Sampling, Settings, sample, settings
-from deepseek_jax.models.transformer import Cache, DeepSeek, init_cache
-from deepseek_jax.types import Array
+from deepseek_jax import platform
+from deepseek_jax.infer import programs
+from deepseek_jax.infer.sampling import DRAWS, Draws, Sampling, settings
+from deepseek_jax.models.cached import init_cache, unstack
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import degree
+
+_FEW_ROWS = 4  # rows of a step up to which a GPU likes matrices with the summed dim last
 
 
-class Generation(NamedTuple):
-    """What a prompt was continued with."""
+@dataclass(kw_only=True)
+class Generation:
+    """What a prompt is continued with; it grows while the engine works on it."""
 
-    tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
     """New tokens, the stop token included where one came."""
-    logprobs: list[float]
-    """Log-probability of each new token under the model (temperature 1, whole vocabulary), nats."""
-    sampled_logprobs: list[float]
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each new token under the model (temperature 1, all allowed tokens), nats."""
+    sampled_logprobs: list[float] = field(default_factory=list)
     """Under the distribution that it was drawn from; 0 at temperature 0."""
+    text: str = ""
+    """The new tokens as text, whole characters only, without special tokens and without what `Sampling.stop` ends it
+    with; empty where the engine has no tokenizer."""
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    """None while it grows."""
+    drafts: int = 0
+    """Tokens that the multi-token module proposed."""
+    accepted: int = 0
+    """Proposals that were right, so that a step gave two tokens."""
+    experts: np.ndarray | None = None
+    """Int16 [prompt + new tokens − 1, L, X], at the end, with `record_experts`: the experts of every token that was run
+    (the last new one was not), in each MoE layer."""
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Request:
     """A prompt, and how it is continued."""
 
     prompt: Sequence[int]
-    sampling: Sampling
+    sampling: Sampling = Sampling()
+    samples: int = 1
+    """Continuations wanted; they share one prefill, and the first is what one sample alone would be."""
+    allowed: np.ndarray | None = None
+    """Bool [vocabulary]: the tokens that may be chosen; None: all."""
 
 
-@struct.dataclass
-class Slots:
-    """What decoding carries from step to step, a row a slot."""
+@dataclass(eq=False)
+class _Job:
+    """A request on its way into slots."""
 
-    cache: Cache
-    token: Array
-    """Int32 [B]: the last token, which is not in the cache yet."""
-    place: Array
-    """Int32 [B]: where it goes; past the cache's end in a slot that rests."""
-    step: Array
-    """Int32 [B]: tokens that the continuation has."""
-    seen: Array
-    """Bool [B, W]."""
-    given: Settings
+    request: Request
+    generations: list[Generation]
+    entered: int = 0
+    prefilled: programs.Prefilled | None = None
+    experts: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A generation in a slot."""
+
+    job: _Job
+    generation: Generation
+    stream: Any
+    experts: list[np.ndarray] = field(default_factory=list)
 
 
 class Engine:
@@ -63,26 +88,34 @@ class Engine:
 
     ```python
     engine = Engine(model, variables, slots=8, places=1024)
-    results = engine.generate([Request(ids, Sampling(max_new_tokens=64)), …])
+    results = engine.generate([Request(prompt=ids, sampling=Sampling(max_new_tokens=64)), …])
     ```
+
+    or, one step at a time, `submit`, `step` while `busy`, `cancel`. One thread uses an engine at a time.
     """
 
     def __init__(
         self, model: DeepSeek, variables: Any, *, slots: int = 8, places: int = 1024, chunk: int = 256,
-        decode_steps: int = 8, vocab_size: int | None = None,
+        decode_steps: int = 8, vocab_size: int | None = None, tokenizer: Any = None, speculate: bool = False,
+        record_experts: bool = False, consume: bool = False,
     ):  # fmt: skip
         """
         Args:
-            model: the model; its multi-token modules are not used.
-            variables: its parameters and, where it has them, selection biases.
+            model: the model.
+            variables: its parameters and, where it has them, selection biases. The engine takes a copy, layer by layer,
+                in the compute dtype.
             slots: requests that are decoded together.
             places: tokens of prompt and continuation that a slot holds.
             chunk: most tokens of a prompt that are run at once.
-            decode_steps: tokens of a slot that are decoded before the host looks at them.
+            decode_steps: steps of all slots before the host looks at their tokens.
             vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows.
+            tokenizer: gives `Generation.text`, and knows `Sampling.stop` by it.
+            speculate: decode with the model's first multi-token module: the same tokens in fewer steps.
+            record_experts: fill `Generation.experts`.
+            consume: free `variables` while taking the copy.
 
         Raises:
-            ValueError: a number below 1, or more places than the model has positions.
+            ValueError: a number below 1, more places than the model has positions, or a model that cannot do what is asked.
         """
         config = model.config
         for name, value in (("slots", slots), ("places", places), ("chunk", chunk), ("decode_steps", decode_steps)):
@@ -92,145 +125,235 @@ class Engine:
             raise ValueError(
                 f"places = {places}: {config.name} has max_position_embeddings = {config.max_position_embeddings}"
             )
-        self.model, self.variables = model, variables
+        if speculate and not config.num_nextn_predict_layers:
+            raise ValueError(f"speculate = True: {config.name} has no multi-token module (num_nextn_predict_layers = 0)")
+        if record_experts and not config.num_moe_layers:
+            raise ValueError(f"record_experts = True: {config.name} has no experts")
+        if slots % degree("batch"):
+            raise ValueError(f"slots = {slots}: the mesh splits a batch in {degree('batch')}; give a multiple of it")
+        self.model, self.tokenizer = model, tokenizer
         self.slots, self.places, self.decode_steps = slots, places, decode_steps
         self.chunk = min(_power_of_two(chunk), _power_of_two(places))
-        self.vocab_size = vocab_size or config.vocab_size
+        self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
+        self.speculate, self.record_experts = speculate, record_experts
+        on_one_gpu = platform.target() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
+        self._few_rows = on_one_gpu and slots * (1 + speculate) <= _FEW_ROWS
+        self.weights = None
+        if variables is not None:
+            self.weights = unstack(model, variables, few_rows=self._few_rows, consume=consume)
+        self._waiting: deque[_Job] = deque()
+        self._running: dict[int, _Running] = {}
+        self._state: programs.Slots | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not all their samples in slots."""
+        return len(self._waiting)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Continues every request, in the order given.
+        """Continues every request, in the order given, the samples of each one after the other.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, or one that does not fit a slot, naming the request.
+            ValueError: as `submit`, naming the request; nothing has run then.
         """
         for i, request in enumerate(requests):
             self._check(i, request)
-        results: list[Generation] = [Generation([], [], []) for _ in requests]
-        waiting = deque(range(len(requests)))
-        running: dict[int, int] = {}  # slot -> request
-        state = self._empty([Sampling()] * self.slots)
-        stochastic = any(request.sampling.temperature > 0 for request in requests)
-        while waiting or running:
-            for slot in range(self.slots):
-                while slot not in running and waiting:
-                    number = waiting.popleft()
-                    state, first = self._prefill(state, slot, requests[number], stochastic)
-                    if not self._take(results[number], requests[number].sampling, first):
-                        running[slot] = number
-            if not running:
-                continue
-            resting = np.array([slot not in running for slot in range(self.slots)])
-            state, out = _decode(
-                self.model, self.decode_steps, self.vocab_size, stochastic, self.variables, state, resting
-            )
-            steps = jax.device_get(out)
-            for slot, number in list(running.items()):
-                for step in range(self.decode_steps):
-                    if self._take(results[number], requests[number].sampling, [column[step, slot] for column in steps]):
-                        del running[slot]
-                        break
-        return results
+        generations = [generation for request in requests for generation in self.submit(request)]
+        while self.busy:
+            self.step()
+        return generations
 
-    def _take(self, result: Generation, sampling: Sampling, new: Sequence[Any]) -> bool:
-        """Adds a token to a result; whether that ends it."""
-        for values, value in zip(result, new, strict=True):
-            values.append(value.item())
-        return len(result.tokens) >= sampling.max_new_tokens or result.tokens[-1] in sampling.stop_ids
+    def submit(self, request: Request) -> list[Generation]:
+        """Puts a request into the queue: its samples, which grow with every `step`.
 
-    def _empty(self, rows: list[Sampling]) -> Slots:
-        count, config = len(rows), self.model.config
-        return Slots(
-            cache=init_cache(config, count, self.places),
-            token=jnp.zeros(count, jnp.int32),
-            place=jnp.full(count, self.places, jnp.int32),
-            step=jnp.zeros(count, jnp.int32),
-            seen=jnp.zeros((count, config.vocab_size), bool),
-            given=jax.tree.map(jnp.asarray, settings(rows)),
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, one that does not fit a slot, or an impossible
+                wish.
+        """
+        self._check(0, request)
+        generations = [Generation() for _ in range(request.samples)]
+        self._waiting.append(_Job(request, generations))
+        return generations
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a generation, wherever it is; its slot is free at once."""
+        if generation.finish_reason is None:
+            generation.finish_reason = "cancelled"
+        for slot, running in list(self._running.items()):
+            if running.generation is generation:
+                self._end(slot, "cancelled")
+        for job in list(self._waiting):
+            if all(g.finish_reason == "cancelled" for g in job.generations[job.entered :]):
+                self._waiting.remove(job)
+
+    def step(self) -> None:
+        """Fills free slots from the queue, then decodes `decode_steps` steps of every slot."""
+        if self._state is None:
+            self._state = self._empty()
+        firsts = self._admit()
+        if not self._running:
+            return
+        resting = np.array([slot not in self._running for slot in range(self.slots)])
+        draws = max((r.job.request.sampling.draws for r in self._running.values()), key=DRAWS.index)
+        self._state, out = programs.decode(
+            self.model, self.decode_steps, draws, self.record_experts, self.weights, self._state, resting
         )
+        firsts, out = jax.device_get((firsts, out))
+        for slot, token in firsts.items():
+            self._take(slot, *token)
+        for slot in list(self._running):
+            self._collect(slot, out)
 
-    def _prefill(self, state: Slots, slot: int, request: Request, stochastic: bool) -> tuple[Slots, list[np.ndarray]]:
-        """Runs the prompt into a slot, chunk by chunk, and draws its first token."""
-        prompt = np.asarray(request.prompt, np.int32)
-        one = init_cache(self.model.config, 1, self.places)
+    def _admit(self) -> dict[int, Any]:
+        """Prefills waiting prompts into free slots; slot -> first token and its log-probabilities, on the device."""
+        firsts: dict[int, Any] = {}
+        for slot in range(self.slots):
+            while self._waiting and slot not in self._running:
+                job = self._waiting[0]
+                sample, generation = job.entered, job.generations[job.entered]
+                job.entered += 1
+                if job.entered == len(job.generations):
+                    self._waiting.popleft()
+                if generation.finish_reason is None:
+                    firsts[slot] = self._enter(slot, job, sample)
+        return firsts
+
+    def _enter(self, slot: int, job: _Job, sample: int) -> Any:
+        request, W = job.request, self.model.config.vocab_size
+        if job.prefilled is None:
+            job.prefilled = self._prefill(job)
+        seen = np.zeros((1, W), bool)
+        seen[0, np.asarray(request.prompt)] = True
+        allowed = np.arange(W)[None] < self.vocab_size
+        if request.allowed is not None:
+            allowed = allowed & request.allowed[None]
+        self._state, *first = programs.enter(
+            self.model, request.sampling.draws, self.weights, self._state, job.prefilled, slot,
+            np.int32(len(request.prompt)), seen, settings([request.sampling], allowed, [sample]),
+        )  # fmt: skip
+        if job.entered == len(job.generations):
+            job.prefilled = None
+        self._running[slot] = _Running(job, job.generations[sample], self._stream(request))
+        return first
+
+    def _prefill(self, job: _Job) -> programs.Prefilled:
+        """Runs a prompt, chunk by chunk."""
+        prompt, rows = np.asarray(job.request.prompt, np.int32), degree("batch")
+        cache = hidden = None
         for start in range(0, len(prompt), self.chunk):
             part = prompt[start : start + self.chunk]
             width = min(_power_of_two(len(part)), self.chunk)
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, : len(part)] = part
-            positions = np.full((1, width), self.places, np.int32)
-            positions[0, : len(part)] = np.arange(start, start + len(part))
-            hidden, one = _extend(self.model, start == 0, self.variables, tokens, positions, one)
-        seen = np.zeros((1, self.model.config.vocab_size), bool)
-        seen[0, prompt] = True
-        return _enter(
-            self.model, self.vocab_size, stochastic, self.variables, state, one, hidden[:, len(part) - 1], slot,
-            np.int32(len(prompt)), seen, settings([request.sampling]),
-        )  # fmt: skip
+            tokens = np.zeros((rows, width), np.int32)
+            tokens[:, : len(part)] = part
+            positions = np.full((rows, width), self.places, np.int32)
+            positions[:, : len(part)] = np.arange(start, start + len(part))
+            following = np.full((rows, width), -1, np.int32)
+            after = prompt[start + 1 : start + len(part) + 1]
+            following[:, : len(after)] = after
+            hidden, cache, experts = programs.prefill(
+                self.model, self.places, self.speculate, self.weights, tokens, positions, cache, following
+            )
+            hidden = hidden[len(part) - 1]
+            if self.record_experts:
+                job.experts.append(experts[: len(part)])
+        assert cache is not None and hidden is not None
+        return programs.Prefilled(cache, hidden)
+
+    def _collect(self, slot: int, out: programs.Decoded) -> None:
+        """Takes what some steps gave a slot, up to its end."""
+        for step in range(self.decode_steps):
+            running = self._running[slot]
+            count = int(out.counts[step, slot])
+            running.generation.drafts += self.speculate
+            running.generation.accepted += count - 1
+            if out.experts is not None:
+                running.experts.extend(out.experts[step, :, slot, j] for j in range(count))
+            for j in range(count):
+                token = (column[step, slot, j] for column in (out.tokens, out.logprobs, out.sampled_logprobs))
+                self._take(slot, *token)
+                if slot not in self._running:
+                    return
+
+    def _take(self, slot: int, token: Any, logprob: Any, sampled_logprob: Any) -> None:
+        """Adds a token to a slot's generation, and ends it where that was the last."""
+        running = self._running[slot]
+        generation, sampling = running.generation, running.job.request.sampling
+        generation.tokens.append(int(token))
+        generation.logprobs.append(float(logprob))
+        generation.sampled_logprobs.append(float(sampled_logprob))
+        if running.stream is not None:
+            running.stream.push([int(token)])
+            generation.text = running.stream.text
+        if generation.tokens[-1] in sampling.stop_ids or (running.stream is not None and running.stream.stopped):
+            self._end(slot, "stop")
+        elif len(generation.tokens) >= sampling.max_new_tokens:
+            self._end(slot, "length")
+
+    def _end(self, slot: int, reason: Literal["stop", "length", "cancelled"]) -> None:
+        running = self._running.pop(slot)
+        generation = running.generation
+        generation.finish_reason = reason
+        if running.stream is not None:
+            running.stream.finish()
+            generation.text = running.stream.text
+        if self.record_experts:
+            rows = [*jax.device_get(running.job.experts), np.stack(running.experts)[: len(generation.tokens) - 1]]
+            generation.experts = np.concatenate([row for row in rows if len(row)])
+
+    def _stream(self, request: Request) -> Any:
+        if self.tokenizer is None:
+            return None
+        from deepseek_jax.data.stream import TextStream
+
+        return TextStream(self.tokenizer, request.sampling.stop)
+
+    def _empty(self) -> programs.Slots:
+        B, W = self.slots, self.model.config.vocab_size
+        state = programs.Slots(
+            cache=init_cache(self.model.config, B, self.places, mtp=self.speculate),
+            token=jnp.zeros(B, jnp.int32),
+            place=jnp.full(B, self.places, jnp.int32),
+            step=jnp.zeros(B, jnp.int32),
+            seen=jnp.zeros((B, W), bool),
+            given=jax.tree.map(jnp.asarray, settings([Sampling()] * B, np.ones((B, W), bool))),
+            draft=jnp.zeros(B, jnp.int32) if self.speculate else None,
+        )
+        # Bound to the weights' device where these are bound to it, as results will be: or programs would compile twice.
+        weight = jax.tree.leaves(self.weights)[0]
+        return jax.device_put(state, weight.sharding) if self._few_rows else state
 
     def _check(self, number: int, request: Request) -> None:
-        config, prompt = self.model.config, request.prompt
+        config, prompt, sampling = self.model.config, request.prompt, request.sampling
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty: give at least one token (such as the begin-of-sequence token)")
         if not all(0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"prompt {number} has ids outside the vocabulary of {config.vocab_size}")
-        if len(prompt) + request.sampling.max_new_tokens > self.places:
+        if len(prompt) + sampling.max_new_tokens > self.places:
             raise ValueError(
-                f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {request.sampling.max_new_tokens} are "
+                f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {sampling.max_new_tokens} are "
                 f"more than the {self.places} places of a slot"
             )
+        if request.samples < 1:
+            raise ValueError(f"samples = {request.samples} of prompt {number}: must be at least 1")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop = {sampling.stop} of prompt {number}: texts need an engine with a tokenizer")
+        if request.allowed is not None:
+            allowed = np.asarray(request.allowed)
+            if allowed.shape != (config.vocab_size,) or allowed.dtype != bool:
+                raise ValueError(
+                    f"allowed of prompt {number} must be {config.vocab_size} bools, not {allowed.dtype} {allowed.shape}"
+                )
+            if not allowed[: self.vocab_size].any():
+                raise ValueError(f"allowed of prompt {number} allows no token")
 
 
 def _power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 8)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _extend(model: DeepSeek, fresh: bool, variables: Any, tokens: Array, positions: Array, cache: Cache) -> Any:
-    return model.apply(variables, tokens, positions, cache, fresh, method="extend")
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _enter(
-    model: DeepSeek, vocab_size: int, stochastic: bool, variables: Any, state: Slots, one: Cache, hidden_1D: Array,
-    slot: Array, place: Array, seen: Array, given: Settings,
-) -> tuple[Slots, list[Array]]:  # fmt: skip
-    """A prefilled prompt goes into its slot, with the first token of its continuation."""
-    logits = model.apply(variables, hidden_1D[:, None], method="head")[:, 0]
-    token, raw, drawn = sample(logits, given, seen, jnp.zeros(1, jnp.int32), vocab_size, stochastic)
-
-    def put(all_rows: Array, row: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(all_rows, row.astype(all_rows.dtype), slot, axis=0)
-
-    new = Slots(
-        cache=jax.tree.map(
-            lambda rows, row: lax.dynamic_update_slice_in_dim(rows, row, slot, axis=1), state.cache, one
-        ),
-        token=put(state.token, token),
-        place=put(state.place, place[None]),
-        step=put(state.step, jnp.ones(1, jnp.int32)),
-        seen=put(state.seen, seen.at[0, token[0]].set(True)),
-        given=jax.tree.map(put, state.given, given),
-    )
-    return new, [token[0], raw[0], drawn[0]]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _decode(
-    model: DeepSeek, steps: int, vocab_size: int, stochastic: bool, variables: Any, state: Slots, resting: Array
-) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """`steps` tokens of every slot: tokens and both log-probabilities, [steps, B] each."""
-    rows = jnp.arange(state.token.shape[0])
-    places = jax.tree.leaves(state.cache)[0].shape[2]
-
-    def one(state: Slots, _: None) -> tuple[Slots, tuple[Array, Array, Array]]:
-        hidden, cache = model.apply(variables, state.token[:, None], state.place[:, None], state.cache, method="extend")
-        logits = model.apply(variables, hidden, method="head")[:, 0]
-        token, raw, drawn = sample(logits, state.given, state.seen, state.step, vocab_size, stochastic)
-        new = replace(
-            state, cache=cache, token=token, place=state.place + 1, step=state.step + 1,
-            seen=state.seen.at[rows, token].set(True),
-        )  # fmt: skip
-        return new, (token, raw, drawn)
-
-    state = replace(state, place=jnp.where(resting, places, state.place))
-    return lax.scan(one, state, None, length=steps)
+__all__ = ["Draws", "Engine", "Generation", "Request", "Sampling"]

@@ -60,7 +60,7 @@ def generate(
         )
     places = min(-(-longest // _PLACES_STEP) * _PLACES_STEP, config.max_position_embeddings)
     engine = Engine(model, variables, slots=min(len(prompts), _MOST_SLOTS), places=places, vocab_size=vocab_size)
-    return engine.generate([Request(prompt, how) for prompt in prompts])
+    return engine.generate([Request(prompt=prompt, sampling=how) for prompt in prompts])
 
 
 class LoadedRun(NamedTuple):

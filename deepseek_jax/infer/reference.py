@@ -49,7 +49,7 @@ def generate_reference(
     )  # fmt: skip
     tokens, logprobs, ends = np.asarray(tokens), np.asarray(logprobs), np.asarray(ends)
     return [
-        Generation(tokens[i, starts[i] : ends[i]].tolist(), logprobs[i, starts[i] : ends[i]].tolist(), [])
+        Generation(tokens=tokens[i, starts[i] : ends[i]].tolist(), logprobs=logprobs[i, starts[i] : ends[i]].tolist())
         for i in range(len(prompts))
     ]
 

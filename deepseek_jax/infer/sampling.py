@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ class Sampling:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the continuation, and belong to it."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation; its text ends before them. They need an engine with a tokenizer."""
 
     def __post_init__(self) -> None:
         def check(condition: bool, name: str, remedy: str) -> None:
@@ -44,6 +47,19 @@ class Sampling:
         check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
         check(self.repetition_penalty > 0, "repetition_penalty", "must be greater than 0; 1 penalises nothing")
         check(0 <= self.seed < 2**32, "seed", "must be in [0, 2**32)")
+        check(not isinstance(self.stop, str) and all(self.stop), "stop", "must be a tuple of texts, none of them empty")
+
+    @property
+    def draws(self) -> "Draws":
+        """What the sampler has to be compiled for."""
+        if self.temperature == 0:
+            return "nothing"
+        return "whole" if self.top_k == 0 and self.top_p == 1 and self.min_p == 0 else "truncated"
+
+
+Draws = Literal["nothing", "whole", "truncated"]
+"""What rows of a batch draw from: all are greedy; some draw from whole distributions; some from truncated ones."""
+DRAWS: tuple[Draws, ...] = ("nothing", "whole", "truncated")
 
 
 @struct.dataclass
@@ -59,10 +75,18 @@ class Settings:
     """Int32 [B]."""
     key: Array
     """Uint32 [B, 2]: raw data of each row's key."""
+    allowed: Array
+    """Bool [B, W]: the tokens that may be chosen."""
 
 
-def settings(rows: list[Sampling]) -> Settings:
-    """The arrays of some rows, on the host."""
+def settings(rows: Sequence[Sampling], allowed_BW: Any, samples: Sequence[int] | None = None) -> Settings:
+    """The arrays of some rows, on the host.
+
+    Args:
+        rows: how each is sampled.
+        allowed_BW: bool: the tokens that may be chosen.
+        samples: which of the samples of its prompt each row is; the first of all by default.
+    """
 
     def floats(name: str) -> Any:
         return np.array([getattr(row, name) for row in rows], np.float32)
@@ -73,14 +97,13 @@ def settings(rows: list[Sampling]) -> Settings:
         min_p=floats("min_p"),
         repetition_penalty=floats("repetition_penalty"),
         top_k=np.array([row.top_k for row in rows], np.int32),  # type: ignore[arg-type]
-        # What `jax.random.key(seed)` holds, without a call to the device for each request.
-        key=np.array([(0, row.seed) for row in rows], np.uint32),  # type: ignore[arg-type]
+        # For the first sample what `jax.random.key(seed)` holds, without a call to the device for each request.
+        key=np.array(list(zip(samples or [0] * len(rows), (row.seed for row in rows), strict=True)), np.uint32),  # type: ignore[arg-type]
+        allowed=allowed_BW,
     )
 
 
-def sample(
-    logits_BW: Array, given: Settings, seen_BW: Array, step_B: Array, vocab_size: int, stochastic: bool
-) -> tuple[Array, Array, Array]:
+def sample(logits_BW: Array, given: Settings, seen_BW: Array, step_B: Array, draws: Draws) -> tuple[Array, Array, Array]:
     """One token a row.
 
     Args:
@@ -88,24 +111,25 @@ def sample(
         given: of the rows.
         seen_BW: bool: tokens that the penalty acts on.
         step_B: int32: how many tokens the continuation has; a row's draw depends on its key and this alone.
-        vocab_size: ids from here on are never chosen.
-        stochastic: False where every row has temperature 0: nothing is sorted.
+        draws: the most that any row needs; less is compiled for less.
 
     Returns:
-        Tokens int32 [B]; their log-probabilities under the model as it is (temperature 1, whole vocabulary) and under
+        Tokens int32 [B]; their log-probabilities under the model as it is (temperature 1, all allowed tokens) and under
         the distribution that was sampled from (0 for a row with temperature 0), float32 [B], nats.
     """
     W = logits_BW.shape[-1]
-    logits = jnp.where(jnp.arange(W) < vocab_size, logits_BW, -jnp.inf)
+    logits = jnp.where(given.allowed, logits_BW, -jnp.inf)
     raw = jax.nn.log_softmax(logits, axis=-1)
     penalty = given.repetition_penalty[:, None]
     logits = jnp.where(seen_BW, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     chosen = jnp.argmax(logits, axis=-1)
     sampled_from = jnp.zeros_like(raw[:, 0])
-    if stochastic:
+    if draws != "nothing":
         greedy = given.temperature == 0
-        scaled = logits / jnp.where(greedy, 1, given.temperature)[:, None]
-        kept = jax.nn.log_softmax(_truncated(scaled, given), axis=-1)
+        kept = logits / jnp.where(greedy, 1, given.temperature)[:, None]
+        if draws == "truncated":
+            kept = _truncated(kept, given)
+        kept = jax.nn.log_softmax(kept, axis=-1)
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(given.key, impl="threefry2x32"), step_B)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (W,), logits.dtype))(keys)
         drawn = jnp.argmax(kept + noise, axis=-1)

@@ -5,6 +5,7 @@ multi-head attention keeps 2 · N · H.
 """
 
 import jax.numpy as jnp
+from jax import lax
 
 from deepseek_jax.config import GQA, MLA
 from deepseek_jax.layers.weights import at_least_float32
@@ -12,43 +13,58 @@ from deepseek_jax.parallel.rules import shard
 from deepseek_jax.types import Array
 
 LayerCache = dict[str, Array]
-"""GQA: `k` [B, S, K, H] and `v` [B, S, K, V]. MLA: `latent` [B, S, C + R], the normalised latent, then the rotated key."""
+"""GQA: `k` [B, K, S, H] and `v` [B, K, S, V]. MLA: `latent` [B, 1, S, C + R], the normalised latent, then the rotated
+key. Places follow heads, so that the rows that one head reads lie together."""
+
+_MOST_SCORES = 2**28  # numbers of the score matrix that exist at once
 
 
 def cache_shapes(attention: GQA | MLA, batch: int, length: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Name -> shape and logical axes of one layer's cache."""
     if isinstance(attention, GQA):
-        shape = (batch, length, attention.num_key_value_heads, attention.head_dim)
-        names = ("batch", "length", "act_kv_heads", "head_dim")
+        shape = (batch, attention.num_key_value_heads, length, attention.head_dim)
+        names = ("batch", "act_kv_heads", "length", "head_dim")
         return {"k": (shape, names), "v": (shape, names)}
     width = attention.kv_lora_rank + attention.qk_rope_head_dim
-    return {"latent": ((batch, length, width), ("batch", "length", "none"))}
+    return {"latent": ((batch, 1, length, width), ("batch", "none", "length", "none"))}
 
 
-def written(cache_BS: Array, new_BT: Array, positions_BT: Array) -> Array:
-    """The cache with rows [b, positions[b, t]] replaced; places past the end are dropped, as padding has them."""
-    rows = jnp.arange(cache_BS.shape[0])[:, None]
-    return cache_BS.at[rows, positions_BT].set(new_BT.astype(cache_BS.dtype), mode="drop")
+def written(cache_BKSH: Array, new_BTKH: Array, positions_BT: Array) -> Array:
+    """The cache with places [b, :, positions[b, t]] replaced; places past the end are dropped, as padding has them."""
+    rows = jnp.arange(cache_BKSH.shape[0])[:, None]
+    return cache_BKSH.at[rows, :, positions_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
 
 
-def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, positions_BT: Array, scale: float) -> Array:
+def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSV: Array, positions_BT: Array, scale: float) -> Array:
     """softmax(scale · q kᵀ) v over the cache: a query at place i sees the keys 0 … i. [B, T, N, V].
 
     Args:
         q_BTNH: queries; N is a multiple of K.
-        k_BSKH: all keys of the cache.
-        v_BSKV: all values.
+        k_BKSH: all keys of the cache.
+        v_BKSV: all values.
         positions_BT: places of the queries.
         scale: multiplies the scores.
     """
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    (B, T, N, H), (_, K, S, V) = q_BTNH.shape, v_BKSV.shape
     wide = at_least_float32(q_BTNH.dtype)
+
+    def some(q_BtKGH: Array, positions_Bt: Array) -> Array:
+        scores = jnp.einsum("btkgh,bksh->bkgts", q_BtKGH, k_BKSH, preferred_element_type=wide) * scale
+        seen_BtS = jnp.arange(S) <= positions_Bt[..., None]
+        scores = jnp.where(seen_BtS[:, None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        return jnp.einsum("bkgts,bksv->btkgv", weights.astype(v_BKSV.dtype), v_BKSV, preferred_element_type=wide)
+
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide) * scale
-    seen_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[..., None]
-    scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = weights / weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bkgts,bskv->btkgv", weights.astype(v_BSKV.dtype), v_BSKV, preferred_element_type=wide)
-    out = out.reshape(B, T, N, v_BSKV.shape[-1]).astype(v_BSKV.dtype)
+    pieces = 1
+    while T % (2 * pieces) == 0 and B * N * (T // pieces) * S > _MOST_SCORES:
+        pieces *= 2
+    if pieces == 1:
+        out = some(q_BTKGH, positions_BT)
+    else:  # a chunk of a long prompt: a piece of its queries at a time
+        split = (q_BTKGH.reshape(B, pieces, -1, K, N // K, H), positions_BT.reshape(B, pieces, -1))
+        out = lax.map(lambda part: some(*part), tuple(jnp.moveaxis(x, 1, 0) for x in split))
+        out = jnp.moveaxis(out, 0, 1)
+    out = out.reshape(B, T, N, V).astype(v_BKSV.dtype)
     return shard(out, "batch", "length", "act_heads", "head_dim")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax import platform
 from deepseek_jax.kernels.grouped_matmul import grouped_matmul
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.types import Array
@@ -77,9 +78,10 @@ def few_tokens_experts(
     (M, X), E = indices_MX.shape, w_gate_EDF.shape[0]
     wide = weights_MX.dtype
     if M * X < E and M <= _FEW // 8:
-        gate = jnp.einsum("md,mxdf->mxf", x_MD, w_gate_EDF[indices_MX])
-        up = jnp.einsum("md,mxdf->mxf", x_MD, w_up_EDF[indices_MX])
-        out_MXD = jnp.einsum("mxf,mxfd->mxd", jax.nn.silu(gate) * up, w_down_EFD[indices_MX])
+        times = _chosen_on_gpu if platform.target() == "gpu" else _chosen
+        inputs_MXD = jnp.broadcast_to(x_MD[:, None], (M, X, x_MD.shape[1]))
+        gate, up = (times(inputs_MXD, w, indices_MX).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
+        out_MXD = times(jax.nn.silu(gate) * up, w_down_EFD, indices_MX)
         return jnp.einsum("mxd,mx->md", out_MXD.astype(wide), weights_MX).astype(x_MD.dtype)
     if M <= _FEW and E <= _DENSE * X:
         gates_ME = jnp.zeros((M, E), wide).at[jnp.arange(M)[:, None], indices_MX].set(weights_MX)
@@ -88,6 +90,18 @@ def few_tokens_experts(
         out_EMD = jnp.einsum("emf,efd->emd", jax.nn.silu(gate) * up, w_down_EFD)
         return jnp.einsum("emd,me->md", out_EMD.astype(wide), gates_ME).astype(x_MD.dtype)
     return None
+
+
+def _chosen(x_MXI: Array, w_EIO: Array, indices_MX: Array) -> Array:
+    """x times the chosen matrices, [M, X, O]."""
+    return jnp.einsum("mxi,mxio->mxo", x_MXI, w_EIO[indices_MX])
+
+
+def _chosen_on_gpu(x_MXI: Array, w_EIO: Array, indices_MX: Array) -> Array:
+    """As `_chosen`, float32 or wider: written as a sum, which the compiler fuses with the choice of the matrices, where a
+    product would copy them first."""
+    wide = jnp.promote_types(x_MXI.dtype, jnp.float32)
+    return (x_MXI[..., None].astype(wide) * w_EIO[indices_MX].astype(wide)).sum(axis=2)
 
 
 class Experts(nn.Module):

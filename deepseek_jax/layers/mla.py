@@ -59,23 +59,23 @@ def mla_absorbed(
     w_uv_CNV: Array,
     context: Context,
     scale: float,
-    latent_BSL: Array | None = None,
+    latent_B1SL: Array | None = None,
 ) -> Array:
     """W^UK absorbed into the queries and W^UV into the output (V2, end of section 2.1.2). Same arguments and result.
 
     All heads attend to one key [c_kv ; k_rope] of C + R dims and one value c_kv: the form for decoding, where only
-    these C + R numbers a token are kept. `latent_BSL` is such a cache, the new tokens in it; without one, the new tokens
+    these C + R numbers a token are kept. `latent_B1SL` is such a cache, the new tokens in it; without one, the new tokens
     see one another.
     """
     q_latent_BTNC = shard(jnp.einsum("btnp,cnp->btnc", q_nope_BTNP, w_uk_CNP), *_HEADS)
     q = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
-    if latent_BSL is None:
+    if latent_B1SL is None:
         k = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None]
         out_BTNC = attend(q, k, c_kv_BTC[:, :, None], context, scale)
     else:
         assert context.positions is not None
-        k = latent_BSL[:, :, None]
-        out_BTNC = cached_attention(q, k, k[..., : c_kv_BTC.shape[-1]], context.positions, scale)
+        # The rotated key is weighted along with the latent and cut off: cheaper than values cut out of the cache.
+        out_BTNC = cached_attention(q, latent_B1SL, latent_B1SL, context.positions, scale)[..., : c_kv_BTC.shape[-1]]
     return shard(jnp.einsum("btnc,cnv->btnv", out_BTNC, w_uv_CNV), *_HEADS)
 
 
@@ -129,10 +129,10 @@ class MLAttention(nn.Module):
         parts = (q_nope, q_rope, c_kv_BTC, k_rope_BTR, w_uk, w_uv, context, softmax_scale(P + R, self.rope))
         if cache is not None:
             assert context.positions is not None
-            new_BTL = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)
-            cache = {"latent": written(cache["latent"], new_BTL, context.positions)}
+            new_BT1L = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None]
+            cache = {"latent": written(cache["latent"], new_BT1L, context.positions)}
         if cache is not None and not context.fresh:
-            out_BTNV = mla_absorbed(*parts, latent_BSL=cache["latent"])
+            out_BTNV = mla_absorbed(*parts, latent_B1SL=cache["latent"])
         else:
             out_BTNV = (mla_absorbed if self.absorbed else mla_expanded)(*parts)
         w_o = param("w_o", (N, V, D), "heads", "head_dim", "embed")

@@ -50,5 +50,6 @@ class MoELayer(nn.Module):
             entropy=affinity_entropy(scores, context.valid),
             dropped=dropped,
             valid_sequences=context.valid.any(axis=1).astype(scores.dtype),
+            experts=None if context.positions is None else indices,
         )
         return out, stats

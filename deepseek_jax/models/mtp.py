@@ -7,6 +7,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig, MoE
+from deepseek_jax.layers.cache import LayerCache
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
@@ -25,8 +26,13 @@ class MTPModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BTD: Array, embedded_BTD: Array, valid_BT: Array, context: Context
-    ) -> tuple[Array, tuple[Array, RouterStats | None]]:
+        self,
+        hidden_BTD: Array,
+        embedded_BTD: Array,
+        valid_BT: Array,
+        context: Context,
+        cache: LayerCache | None = None,
+    ) -> tuple[Array, tuple[Array, RouterStats | None, LayerCache | None]]:
         """State of the depth before, embedding of token i + k, positions that have a target -> new state, twice."""
         c, D = self.config, hidden_BTD.shape[-1]
         embedded = RMSNorm(c.rms_norm_eps, c.param_dtype, name="embedding_norm")(embedded_BTD)
@@ -36,6 +42,6 @@ class MTPModule(nn.Module):
         )
         x = checkpoint_name(jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype), "mtp_in")
         block = Block(c, moe=isinstance(c.ffn, MoE) and c.num_moe_layers > 0, name="block")
-        x, (stats, _) = block(x, replace(context, valid=valid_BT))
+        x, (stats, cache) = block(x, replace(context, valid=valid_BT), cache)
         out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)
-        return out, (out, stats)
+        return out, (out, stats, cache)

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from deepseek_jax.config import GQA, ModelConfig, MoE
 from deepseek_jax.layers.balance import exempt_sequences
-from deepseek_jax.layers.cache import LayerCache, cache_shapes
 from deepseek_jax.layers.context import Context, valid_after_shift
 from deepseek_jax.layers.embedding import Embedding, Head, logits
 from deepseek_jax.layers.norm import RMSNorm
@@ -18,9 +17,6 @@ from deepseek_jax.models.block import Block, stacked
 from deepseek_jax.models.mtp import MTPModule
 from deepseek_jax.parallel.rules import shard, unbox
 from deepseek_jax.types import Array, HiddenOutput, ModelOutput, RouterStats
-
-Cache = dict[str, LayerCache]
-"""`dense_layers` and `moe_layers`: each a layer's cache with the layers' dim first."""
 
 
 class DeepSeek(nn.Module):
@@ -38,9 +34,9 @@ class DeepSeek(nn.Module):
         kwargs: dict[str, Any] = dict(param_dtype=c.param_dtype, stddev=c.initializer_range)
         self.embed = Embedding(c.vocab_size, c.hidden_size, c.dtype, **kwargs)
         if c.num_dense_layers:
-            self.dense_layers = stacked(Block, c, c.num_dense_layers, (nn.broadcast, 0))(c, moe=False)
+            self.dense_layers = stacked(Block, c, c.num_dense_layers, (nn.broadcast,))(c, moe=False)
         if c.num_moe_layers:
-            self.moe_layers = stacked(Block, c, c.num_moe_layers, (nn.broadcast, 0))(c, moe=True)
+            self.moe_layers = stacked(Block, c, c.num_moe_layers, (nn.broadcast,))(c, moe=True)
         self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
         if not c.tie_word_embeddings:
             self.head_weight = Head(c.vocab_size, c.hidden_size, name="head", **kwargs)
@@ -91,9 +87,9 @@ class DeepSeek(nn.Module):
         x_BTD = self.embed(tokens)
         embedded_BTD, router = x_BTD, {}
         if c.num_dense_layers:
-            x_BTD, _ = self.dense_layers(x_BTD, context, None)
+            x_BTD, _ = self.dense_layers(x_BTD, context)
         if c.num_moe_layers:
-            x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context, None)
+            x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context)
         hidden_BTD = self.final_norm(x_BTD)
         depth = c.num_nextn_predict_layers
         mtp_hidden = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
@@ -101,32 +97,19 @@ class DeepSeek(nn.Module):
             shifts = range(1, depth + 1)
             following = jnp.stack([jnp.roll(embedded_BTD, -k, axis=1) for k in shifts])
             valid = jnp.stack([valid_after_shift(context.valid, segment_ids, k) for k in shifts])
-            _, (mtp_hidden, stats) = self.mtp(hidden_BTD, following, valid, context)
+            _, (mtp_hidden, stats, _) = self.mtp(hidden_BTD, following, valid, context)
             if stats is not None:
                 router["mtp"] = stats
         return HiddenOutput(hidden=hidden_BTD, mtp_hidden=mtp_hidden, router=router)
 
-    def extend(self, tokens: Array, positions: Array, cache: Cache, fresh: bool = False) -> tuple[Array, Cache]:
-        """Hidden states of new tokens that see the cached ones, and the cache with the new ones in it.
-
-        Args:
-            tokens: integer [B, T] ids.
-            positions: int32 [B, T]: the place of each token, which is also its row of the cache; padding has a place past
-                the cache's end. Consecutive in a row of the batch.
-            cache: from `init_cache`, or from the call before.
-            fresh: nothing is cached yet, and every row starts at place 0: faster for long prompts.
-
-        Returns:
-            [B, T, D] after the final norm, and the cache.
-        """
-        c = self.config
+    def begin(self, tokens: Array, positions: Array, fresh: bool) -> tuple[Array, Context]:
+        """What comes before the layers in cached inference (models/cached.py): embedded tokens, and the layers' context."""
         context = self._context(tokens, positions, None, False)
-        context = replace(context, positions=positions, fresh=fresh)
-        x_BTD, new = self.embed(tokens), {}
-        for name, layers in (("dense_layers", c.num_dense_layers), ("moe_layers", c.num_moe_layers)):
-            if layers:
-                x_BTD, (_, new[name]) = getattr(self, name)(x_BTD, context, cache[name])
-        return self.final_norm(x_BTD), new
+        return self.embed(tokens), replace(context, positions=positions, fresh=fresh)
+
+    def finish(self, x: Array) -> Array:
+        """What comes after the layers: the final norm."""
+        return self.final_norm(x)
 
     def head(self, hidden: Array) -> Array:
         """Logits of a hidden state: [B, T, D] -> float32 [B, T, W]."""
@@ -168,23 +151,4 @@ class DeepSeek(nn.Module):
         )
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
-    """An empty cache: zeros, sharded over the ambient mesh by the rule table.
-
-    Args:
-        config: of the model.
-        batch: sequences, B.
-        length: places of a sequence, S.
-        dtype: of the entries; None is the compute dtype.
-    """
-    cache: Cache = {}
-    for name, layers in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
-        if layers:
-            cache[name] = {
-                key: shard(jnp.zeros((layers, *shape), dtype or config.dtype), "layers", *names)
-                for key, (shape, names) in cache_shapes(config.attention, batch, length).items()
-            }
-    return cache
-
-
-__all__ = ["Cache", "DeepSeek", "HiddenOutput", "ModelOutput", "RouterStats", "init_cache"]
+__all__ = ["DeepSeek", "HiddenOutput", "ModelOutput", "RouterStats"]

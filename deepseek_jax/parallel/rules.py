@@ -5,6 +5,7 @@ A parameter carries its logical axes in a `Weight` box from where it is declared
 own rules replicate or drop in silence.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -127,6 +128,12 @@ def shard(x: jax.Array, *names: str) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, names, x.shape, "activation"))
+
+
+def degree(name: str) -> int:
+    """In how many parts the ambient mesh splits a dim with this logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
 
 
 def per_shard(

@@ -1,0 +1,215 @@
+"""The compiled programs of the engine: prefill of a chunk, entry into a slot, decoding, plain or speculative.
+
+Speculative decoding (V3, sections 2.2 and 5.4.3) is lossless in the strongest sense. A row's draw depends on its key, its
+place and its logits alone, so the token that plain decoding would have chosen after a draft is known, whatever drafted
+it; a draft counts only where it is that token. The draft itself is the multi-token module's choice with the same noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from deepseek_jax.infer.sampling import Draws, Settings, sample
+from deepseek_jax.models.cached import Cache, LayerWeights, draft, extend, head, init_cache
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.types import Array
+
+
+@struct.dataclass
+class Slots:
+    """What decoding carries from step to step, a row a slot."""
+
+    cache: Cache
+    token: Array
+    """Int32 [B]: the last token, which is not in the cache yet."""
+    place: Array
+    """Int32 [B]: where it goes; past the cache's end in a slot that rests."""
+    step: Array
+    """Int32 [B]: tokens that the continuation has."""
+    seen: Array
+    """Bool [B, W]: tokens of prompt and continuation."""
+    given: Settings
+    draft: Array | None
+    """Int32 [B]: what the multi-token module thinks comes after `token`; None in plain decoding."""
+
+
+@struct.dataclass
+class Prefilled:
+    """A prompt that was run, before its first token is drawn."""
+
+    cache: Cache
+    """Of B rows that are alike; the first counts."""
+    hidden: Array
+    """[D] of its last token."""
+
+
+@struct.dataclass
+class Decoded:
+    """Some steps of every slot. J is 2 in speculative decoding, else 1."""
+
+    tokens: Array
+    """Int32 [steps, B, J]."""
+    logprobs: Array
+    """Float32 [steps, B, J], of the model as it is."""
+    sampled_logprobs: Array
+    """Float32 [steps, B, J], of the distribution sampled from."""
+    counts: Array
+    """Int32 [steps, B]: how many of the J count."""
+    experts: Array | None
+    """Int16 [steps, L, B, J, X]: experts of the tokens run; the j-th counts where `counts` is more than j."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def prefill(
+    model: DeepSeek, places: int, speculate: bool, weights: LayerWeights, tokens: Array, positions: Array,
+    cache: Cache | None, following: Array,
+) -> tuple[Array, Cache, Array | None]:  # fmt: skip
+    """A chunk of one prompt, in rows that are alike: hidden states [T, D], cache, experts int16 [T, L, X].
+
+    Args:
+        model: the model.
+        places: of the cache.
+        speculate: run the multi-token module too.
+        weights: of the model.
+        tokens: int32 [B, T].
+        positions: int32 [B, T]; `places` for padding.
+        cache: of the chunks before; None for the first.
+        following: int32 [B, T]: the next token of each; `-1` where it is not known yet.
+    """
+    fresh = cache is None
+    if cache is None:
+        cache = init_cache(model.config, tokens.shape[0], places, mtp=speculate)
+    hidden, cache, experts = extend(model, weights, tokens, positions, cache, fresh)
+    if speculate:
+        known = following >= 0
+        _, cache = draft(
+            model, weights, hidden, jnp.where(known, following, 0), jnp.where(known, positions, places), cache, fresh
+        )
+    if experts is not None:
+        experts = experts[:, 0].swapaxes(0, 1).astype(jnp.int16)
+    return hidden[0], cache, experts
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def enter(
+    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, prefilled: Prefilled, slot: Array, place: Array,
+    seen: Array, given: Settings,
+) -> tuple[Slots, Array, Array, Array]:  # fmt: skip
+    """A prefilled prompt goes into its slot; the first token of its continuation and both log-probabilities.
+
+    Args:
+        model: the model.
+        draws: what this request draws from.
+        weights: of the model.
+        state: of all slots.
+        prefilled: the prompt.
+        slot: where it goes.
+        place: of the first token: the prompt's length.
+        seen: bool [1, W]: tokens of the prompt.
+        given: of this row.
+    """
+    hidden = prefilled.hidden[None, None]
+    token, raw, drawn = sample(head(model, weights, hidden)[:, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
+    seen = seen.at[0, token[0]].set(True)
+    cache, proposal = prefilled.cache, None
+    if state.draft is not None:
+        rows = jax.tree.leaves(cache)[0].shape[0]  # alike, see `Prefilled`
+
+        def alike(x: Array) -> Array:
+            return jnp.broadcast_to(x, (rows, *x.shape[1:]))
+
+        positions = jnp.broadcast_to(place - 1, (rows, 1)).astype(jnp.int32)
+        out, cache = draft(model, weights, alike(hidden), alike(token[:, None]), positions, cache)
+        proposal, _, _ = sample(head(model, weights, out[:1])[:, 0], given, seen, jnp.ones(1, jnp.int32), draws)
+
+    def put(all_rows: Array, row: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(all_rows, row[:1].astype(all_rows.dtype), slot, axis=0)
+
+    state = Slots(
+        cache=jax.tree.map(put, state.cache, cache),
+        token=put(state.token, token),
+        place=put(state.place, place[None]),
+        step=put(state.step, jnp.ones(1, jnp.int32)),
+        seen=put(state.seen, seen),
+        given=jax.tree.map(put, state.given, given),
+        draft=None if state.draft is None or proposal is None else put(state.draft, proposal),
+    )
+    return state, token[0], raw[0], drawn[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def decode(
+    model: DeepSeek, steps: int, draws: Draws, record_experts: bool, weights: LayerWeights, state: Slots, resting: Array
+) -> tuple[Slots, Decoded]:
+    """`steps` steps of every slot, one token a step, or one and a draft where the slots hold drafts.
+
+    Args:
+        model: the model.
+        steps: how many.
+        draws: the most that any slot needs.
+        record_experts: whether the experts of each token are told.
+        weights: of the model.
+        state: of all slots.
+        resting: bool [B]: slots without a request.
+    """
+    places = jax.tree.leaves(state.cache)[0].shape[2]
+    one = _plain if state.draft is None else _speculative
+
+    def step(state: Slots, _: None) -> tuple[Slots, Decoded]:
+        state, out = one(model, draws, weights, state, places)
+        if not record_experts:
+            out = replace(out, experts=None)
+        elif out.experts is not None:
+            out = replace(out, experts=out.experts.astype(jnp.int16))
+        return state, out
+
+    return lax.scan(step, replace(state, place=jnp.where(resting, places, state.place)), None, length=steps)
+
+
+def _plain(
+    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, places: int
+) -> tuple[Slots, Decoded]:
+    rows = jnp.arange(state.token.shape[0])
+    hidden, cache, experts = extend(model, weights, state.token[:, None], state.place[:, None], state.cache)
+    token, raw, drawn = sample(head(model, weights, hidden)[:, 0], state.given, state.seen, state.step, draws)
+    state = replace(
+        state, cache=cache, token=token, place=state.place + 1, step=state.step + 1,
+        seen=state.seen.at[rows, token].set(True),
+    )  # fmt: skip
+    return state, Decoded(token[:, None], raw[:, None], drawn[:, None], jnp.ones_like(token), experts)
+
+
+def _speculative(
+    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, places: int
+) -> tuple[Slots, Decoded]:
+    assert state.draft is not None
+    rows = jnp.arange(state.token.shape[0])
+    tokens = jnp.stack([state.token, state.draft], axis=1)
+    positions = state.place[:, None] + jnp.arange(2)
+    hidden, cache, experts = extend(model, weights, tokens, positions, state.cache)
+    logits = head(model, weights, hidden)
+    first, *of_first = sample(logits[:, 0], state.given, state.seen, state.step, draws)
+    accepted = first == state.draft
+    seen = state.seen.at[rows, first].set(True)
+    second, *of_second = sample(logits[:, 1], state.given, seen, state.step + 1, draws)
+    seen = seen.at[rows, jnp.where(accepted, second, first)].set(True)
+    count = 1 + accepted.astype(jnp.int32)
+    # Where the draft was wrong, its row says nothing: the module's cache does not take it, and the model's own cache
+    # takes the right token at the same place in the next step.
+    kept = jnp.stack([state.place, jnp.where(accepted, state.place + 1, places)], axis=1)
+    out, cache = draft(model, weights, hidden, jnp.stack([first, second], axis=1), kept, cache)
+    last = jnp.take_along_axis(out, (count - 1)[:, None, None], axis=1)
+    proposal, _, _ = sample(head(model, weights, last)[:, 0], state.given, seen, state.step + count, draws)
+    state = replace(
+        state, cache=cache, token=jnp.where(accepted, second, first), place=state.place + count,
+        step=state.step + count, seen=seen, draft=proposal,
+    )  # fmt: skip
+    both = (jnp.stack(pair, axis=1) for pair in zip((first, *of_first), (second, *of_second), strict=True))
+    return state, Decoded(*both, count, experts)

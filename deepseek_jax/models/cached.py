@@ -1,0 +1,183 @@
+"""The model run from caches, layer by layer: what prefill and decoding are made of.
+
+Training scans over stacked parameters, which compiles one layer for all. A decoding step would spend its time copying each
+layer's weights out of the stack first, so here every layer has arrays of its own, cast once to the compute dtype.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers.cache import LayerCache, cache_shapes
+from deepseek_jax.models.block import Block
+from deepseek_jax.models.mtp import MTPModule
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import shard
+from deepseek_jax.types import Array
+
+Cache = tuple[LayerCache, ...]
+"""A layer's cache each, that of the first multi-token module last where it is wanted."""
+
+
+@struct.dataclass
+class LayerWeights:
+    """Variables of a model with its layers apart, in the compute dtype."""
+
+    ends: Any
+    """Of `DeepSeek`: embedding, final norm, head."""
+    layers: tuple[Any, ...]
+    """Of a `Block` each."""
+    mtp: tuple[Any, ...]
+    """Of a `MTPModule` each."""
+
+
+def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume: bool = False) -> LayerWeights:
+    """The variables layer by layer, in the compute dtype; norms, router and selection biases stay as they are.
+
+    Args:
+        model: the model.
+        variables: as `model.init` gives them, on any mesh; each part keeps its shards.
+        few_rows: lay matrices out in memory so that the dim a decoding step sums over comes last: a GPU reads them faster
+            for a few rows of input.
+        consume: free each stacked array once it is taken apart, so that no second copy of the model exists.
+    """
+    c = model.config
+    apart: dict[str, list[Any]] = {}
+    ends: dict[str, Any] = {"params": {}}
+    for collection, tree in variables.items():
+        for name, sub in tree.items():
+            stacks = {"dense_layers": c.num_dense_layers, "moe_layers": c.num_moe_layers}
+            count = (stacks | {"mtp": c.num_nextn_predict_layers}).get(name)
+            if count is None:
+                take = partial(_taken, config=c, few_rows=few_rows, count=None)
+                ends[collection][name] = jax.tree_util.tree_map_with_path(take, sub)
+                continue
+            target = apart.setdefault(name, [{} for _ in range(count)])
+            flat, shape = jax.tree_util.tree_flatten_with_path(sub)
+            columns = []
+            for path, leaf in flat:
+                columns.append(_taken((*path, collection), leaf, config=c, few_rows=few_rows, count=count))
+                if consume:
+                    jax.block_until_ready(columns[-1])
+                    leaf.delete()
+            for i in range(count):
+                target[i][collection] = shape.unflatten([column[i] for column in columns])
+    layers = (*apart.get("dense_layers", ()), *apart.get("moe_layers", ()))
+    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart.get("mtp", ())))
+
+
+def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count: int | None) -> Any:
+    """A leaf as a step wants it; with `count`, a tuple of that many, of the slices along its first dim."""
+    names = [str(getattr(entry, "key", entry)) for entry in path]
+    name = next(n for n in reversed(names) if n not in ("params", "router"))
+    dtype = leaf.dtype if name in ("scale", "bias") or "router" in names else jnp.dtype(config.dtype)
+    rank = leaf.ndim - (count is not None)
+    order = _summed_last(name, rank) if few_rows else None
+    if count is None and order is None and leaf.dtype == dtype:
+        return leaf
+    where: Any = None
+    if isinstance(leaf.sharding, NamedSharding):
+        spec = leaf.sharding.spec if count is None else leaf.sharding.spec[1:]
+        where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
+    if order is not None:
+        where = Format(Layout(major_to_minor=order), where or leaf.sharding)
+    if count is None:
+        return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf)
+    return jax.jit(lambda x: tuple(x[i].astype(dtype) for i in range(count)), out_shardings=(where,) * count)(leaf)
+
+
+def _summed_last(name: str, rank: int) -> tuple[int, ...] | None:
+    """Order of a matrix' dims in memory with the one that decoding sums over last; None where it is there already."""
+    if name in ("w_uk", "scale", "bias", "embedding") or name.startswith("b_"):
+        return (1, 0, 2) if name == "w_uk" else None
+    if name == "w_o":
+        return (2, 0, 1)
+    if rank == 3:
+        return (0, 2, 1) if name in ("w_gate", "w_up", "w_down") else (1, 2, 0)
+    return (1, 0) if rank == 2 else None
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, *, mtp: bool = False, dtype: str | None = None) -> Cache:
+    """Empty caches: zeros, sharded over the ambient mesh by the rule table.
+
+    Args:
+        config: of the model.
+        batch: sequences, B.
+        length: places of a sequence, S.
+        mtp: with one for the first multi-token module.
+        dtype: of the entries; None is the compute dtype.
+    """
+    shapes = cache_shapes(config.attention, batch, length)
+    return tuple(
+        {key: shard(jnp.zeros(shape, dtype or config.dtype), *names) for key, (shape, names) in shapes.items()}
+        for _ in range(config.num_hidden_layers + mtp)
+    )
+
+
+def extend(
+    model: DeepSeek, weights: LayerWeights, tokens: Array, positions: Array, cache: Cache, fresh: bool = False
+) -> tuple[Array, Cache, Array | None]:
+    """Hidden states of new tokens that see the cached ones, and the cache with the new ones in it.
+
+    Args:
+        model: the model.
+        weights: from `unstack`.
+        tokens: integer [B, T] ids.
+        positions: int32 [B, T]: the place of each token, which is also its row of the cache; padding has a place past
+            the cache's end. Consecutive in a row of the batch.
+        cache: from `init_cache`, or from the call before; a multi-token module's goes through untouched.
+        fresh: nothing is cached yet, and every row starts at place 0: faster for long prompts.
+
+    Returns:
+        [B, T, D] after the final norm, the cache, and the experts of each token, int32 [L, B, T, X] over the MoE layers,
+        None for a dense model.
+    """
+    c = model.config
+    x_BTD, context = model.apply(weights.ends, tokens, positions, fresh, method="begin")
+    new, experts = list(cache), []
+    for i, variables in enumerate(weights.layers):
+        block = Block(c, moe=i >= c.num_dense_layers)
+        x_BTD, (stats, new[i]) = block.apply(variables, x_BTD, context, cache[i])
+        if stats is not None:
+            experts.append(stats.experts)
+    hidden_BTD = model.apply(weights.ends, x_BTD, method="finish")
+    return hidden_BTD, tuple(new), jnp.stack(experts) if experts else None
+
+
+def draft(
+    model: DeepSeek, weights: LayerWeights, hidden: Array, following: Array, positions: Array, cache: Cache,
+    fresh: bool = False,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """The first multi-token module over new tokens: the state whose head predicts the token after the next.
+
+    Args:
+        model: a model with multi-token prediction.
+        weights: from `unstack`.
+        hidden: [B, T, D] of tokens i, from `extend`.
+        following: integer [B, T]: tokens i + 1.
+        positions: int32 [B, T] of tokens i, as in `extend`.
+        cache: with the module's own as the last.
+        fresh: see `extend`.
+
+    Returns:
+        [B, T, D], after the module's norm, and the cache.
+    """
+    c = model.config
+    embedded_BTD, context = model.apply(weights.ends, following, positions, fresh, method="begin")
+    module = MTPModule(c)
+    out, (_, _, kept) = module.apply(weights.mtp[0], hidden, embedded_BTD, context.valid, context, cache[-1])
+    return out, (*cache[:-1], kept)
+
+
+def head(model: DeepSeek, weights: LayerWeights, hidden: Array) -> Array:
+    """Logits of hidden states, [B, T, D] -> float32 [B, T, W]."""
+    return model.apply(weights.ends, hidden, method="head")
+
+
+__all__ = ["Cache", "LayerWeights", "draft", "extend", "head", "init_cache", "unstack"]
