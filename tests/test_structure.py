@@ -20,7 +20,7 @@ PACKAGE = ROOT / "deepseek_jax"
 # From the top down. A room may import rooms of the floors below its own.
 FLOORS = (
     {"cli"},
-    {"posttrain", "plan", "evaluate"},
+    {"posttrain", "plan", "evaluate", "serve"},
     {"training", "infer"},
     {"chat", "data", "checkpoint", "interop", "metrics", "storage"},
     {"models"},

@@ -22,6 +22,8 @@ VERBS = {
     "convert": ("deepseek_jax.cli.convert", "turn a run folder into a published checkpoint, or the other way round"),
     "inspect": ("deepseek_jax.cli.inspect", "say what a published checkpoint is, from its headers alone"),
     "generate": ("deepseek_jax.cli.generate", "continue a prompt with the model of a run"),
+    "chat": ("deepseek_jax.cli.chat", "talk with a model in the terminal"),
+    "serve": ("deepseek_jax.cli.serve", "answer calls of the OpenAI API over HTTP"),
 }
 
 
