@@ -180,12 +180,10 @@ class Tokenizer:
         """Writes the tokenizer.json, byte for byte as it was read, so that its hash stays; and beside it, where the
         tokens that begin and end a document are not DeepSeek's, a tokenizer_config.json that names them. Returns the
         path of the first."""
-        names = {
-            "bos_token": self._tokenizer.id_to_token(self.bos_id),
-            "eos_token": self._tokenizer.id_to_token(self.eos_id),
-        }
-        if tuple(names.values()) != (BOS_TOKEN, EOS_TOKEN):
-            write_atomic(storage_path(path).parent / TOKENIZER_CONFIG, json.dumps(names, ensure_ascii=False) + "\n")
+        bos, eos = (self._tokenizer.id_to_token(i) for i in (self.bos_id, self.eos_id))
+        if (bos, eos) != (BOS_TOKEN, EOS_TOKEN):
+            names = json.dumps({"bos_token": bos, "eos_token": eos}, ensure_ascii=False)
+            write_atomic(storage_path(path).parent / TOKENIZER_CONFIG, names + "\n")
         return write_atomic(path, self._json_bytes)
 
     def require_fits(self, model_vocab_size: int) -> None:
@@ -205,10 +203,8 @@ class Tokenizer:
         return np.array([plain[character] for character in byte_characters()], np.int32)
 
     def _id(self, token: str | int, name: str) -> int:
-        if isinstance(token, int):
-            token_id = token if self._tokenizer.id_to_token(token) is not None else None
-        else:
-            token_id = self._tokenizer.token_to_id(token)
+        name_of = self._tokenizer.id_to_token(token) if isinstance(token, int) else token
+        token_id = None if name_of is None else self._tokenizer.token_to_id(name_of)
         if token_id is None:
             raise ValueError(f"{name}={token!r} is not in the tokenizer's vocabulary; name the token it uses instead")
         return token_id
