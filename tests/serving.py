@@ -11,7 +11,7 @@ import uvicorn
 from deepseek_jax.chat.plain import V2
 from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.serve import create_app
-from deepseek_jax.serve.server import EngineFailed, Server, run
+from deepseek_jax.serve.server import EngineFailed, Server, Stopped, bind, run
 
 LIMIT_S = 30
 TOKENIZER = byte_tokenizer()
@@ -23,17 +23,18 @@ class Running:
 
     def __init__(self, app):
         self.app, self.error = app, None
-        self.server = Server(uvicorn.Config(app, port=0, log_level="critical"), app.state.worker.drain)
+        self.listener = bind(port=0)
+        self.port = self.listener.getsockname()[1]
+        self.server = Server(uvicorn.Config(app, log_level="critical"))
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         until(lambda: self.server.started)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def _run(self):
         try:
-            asyncio.run(run(self.server, self.app))
-        except EngineFailed as error:
+            asyncio.run(run(self.server, self.app, self.listener))
+        except (EngineFailed, Stopped) as error:
             self.error = error
 
     def client(self, **options):

@@ -232,6 +232,7 @@ def test_a_signal_lets_calls_finish_and_refuses_new_ones(running, client, fake):
         future = pool.submit(client.completions.create, model="m", prompt="a")
         until(lambda: running.app.state.worker.unfinished == 1)
         running.server.handle_exit(15, None)
+        until(lambda: running.app.state.worker.draining)
         with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
             client.completions.create(model="m", prompt="a")
         assert refused.value.status_code == 503
@@ -241,6 +242,19 @@ def test_a_signal_lets_calls_finish_and_refuses_new_ones(running, client, fake):
     running.thread.join(LIMIT_S)
     assert not running.thread.is_alive()
     assert running.error is None
+
+
+def test_a_second_signal_does_not_wait(running, client, fake):
+    fake.going.clear()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.completions.create, model="m", prompt="a")
+        until(lambda: running.app.state.worker.unfinished == 1)
+        running.server.handle_exit(15, None)
+        running.server.handle_exit(15, None)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            future.result(LIMIT_S)
+    running.thread.join(LIMIT_S)
+    assert (running.error.exit_code, running.error.busy) == (143, False)
 
 
 def test_reasoning_and_tools():

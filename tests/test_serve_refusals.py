@@ -10,7 +10,7 @@ from serving import LIMIT_S, QUESTION, TOKENIZER, serving
 
 import deepseek_jax.serve
 from deepseek_jax.chat.tagged import V3_1
-from deepseek_jax.serve import create_app
+from deepseek_jax.serve import bind, create_app
 
 
 @pytest.fixture
@@ -146,6 +146,18 @@ def test_bad_settings_of_an_app_are_named(fake):
         create_app(fake, TOKENIZER, api_key="")
     with pytest.raises(ValueError, match="no token '<｜User｜>'"):
         create_app(fake, TOKENIZER, V3_1)
+
+
+def test_an_address_that_cannot_be_had_is_named():
+    with bind(port=0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port = {port}: cannot listen there .*in use"):
+            bind(port=port)
+    with pytest.raises(ValueError, match="port = 65536: must be in"):
+        bind(port=65536)
+    with pytest.raises(ValueError, match="host = '256.0.0.1', port = 0: cannot listen there"):
+        bind("256.0.0.1", 0)
 
 
 def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch):

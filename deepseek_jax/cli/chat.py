@@ -53,6 +53,8 @@ def run(args: Sequence[str]) -> None:
 
     talks = sys.stdin.isatty()
     shows = sys.stdout.isatty()
+    if talks:
+        print(f"{options.path}, chat template {template.name}. /help lists the commands, Ctrl-D leaves.")
     Terminal(
         engine,
         tokenizer,

@@ -14,8 +14,8 @@ def run(args: Sequence[str]) -> None:
         prog="deepseek-jax serve",
         description="Serve a run folder or a published (Hugging Face) checkpoint over HTTP: POST /v1/chat/completions, "
         "POST /v1/completions, GET /v1/models, GET /health, as clients of the OpenAI API expect them.",
-        epilog="SIGTERM or Ctrl-C once: finish the accepted calls, refuse new ones with 503, end with 0; twice: end at "
-        "once. Needs the extra `serve`: pip install 'deepseek-jax[serve]'.",
+        epilog="SIGTERM or Ctrl-C once: finish the accepted calls, refuse new ones with 503, end with 0; twice: end "
+        "without finishing them. Needs the extra `serve`: pip install 'deepseek-jax[serve]'.",
     )
     parser.add_argument("path", metavar="PATH", help="run folder, or folder with config.json and *.safetensors")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
@@ -38,12 +38,20 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--dtype", help="of the weights (default: as they are stored)")
     options = parser.parse_args(args)
 
-    from deepseek_jax.serve import create_app, serve
+    from deepseek_jax.serve import bind, create_app, serve
     from deepseek_jax.serve.open import open_engine
 
     name = options.name or Path(options.path).resolve().name
-    engine, tokenizer, template = open_engine(
-        options.path, slots=options.slots, places=options.places, template=options.template, dtype=options.dtype
-    )
-    app = create_app(engine, tokenizer, template, name=name, queue=options.queue, api_key=options.api_key)
-    serve(app, host=options.host, port=options.port)
+    with bind(options.host, options.port) as listener:
+        engine, tokenizer, template = open_engine(
+            options.path, slots=options.slots, places=options.places, template=options.template, dtype=options.dtype
+        )
+        app = create_app(engine, tokenizer, template, name=name, queue=options.queue, api_key=options.api_key)
+        host, port = listener.getsockname()[:2]
+        chat = "no chat template" if template is None else f"chat template {template.name}"
+        print(
+            f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves model {name!r}: "
+            f"{engine.slots} slots of {engine.places} tokens, {chat}",
+            flush=True,
+        )
+        serve(app, listener)

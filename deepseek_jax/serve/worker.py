@@ -130,6 +130,7 @@ class Worker:
         capacity: continuations that may run and wait together.
         failure: what the engine raised; None as long as all is well.
         draining: whether new requests are refused since the server stops.
+        stopped_early: whether it was stopped before all requests had ended.
     """
 
     def __init__(self, engine: Any, queue_size: int):
@@ -145,6 +146,7 @@ class Worker:
         self.capacity = engine.slots + queue_size
         self.failure: BaseException | None = None
         self.draining = False
+        self.stopped_early = False
         self._unfinished = 0
         self._jobs: list[Job] = []
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -185,11 +187,22 @@ class Worker:
         with self._lock:
             self.draining = True
 
-    def close(self, timeout: float = 10.0) -> None:
+    def stop(self) -> None:
         """Ends the thread after the step that it is in; calls that still wait get an error."""
-        self.drain()
+        with self._lock:
+            self.draining = True
+            self.stopped_early |= self._unfinished > 0
         self._commands.put(None)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """As `stop`, and waits for the end of the thread, for at most `timeout` seconds."""
+        self.stop()
         self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def _cancel_later(self, job: Job) -> None:
         self._commands.put(partial(self._cancel, job))
