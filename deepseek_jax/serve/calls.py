@@ -10,6 +10,7 @@ from deepseek_jax.infer.engine import Request
 from deepseek_jax.infer.sampling import Sampling
 from deepseek_jax.serve.errors import ApiError, bad_field
 from deepseek_jax.serve.fields import Fields, is_a
+from deepseek_jax.serve.messages import read_messages, read_tools
 
 # Fields that say who asks or where answers are kept, or that hint at caches: no answer depends on them.
 _WITHOUT_EFFECT = (
@@ -21,7 +22,6 @@ _WITHOUT_EFFECT = (
     "prompt_cache_retention",
 )
 _COMPLETION_TOKENS = 16  # the OpenAI API's default for completions
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,6 @@ class Call:
     """Whether a stream ends with the usage."""
     logprobs: bool
     thinking: bool = False
-    tools: bool = False
-    """Whether the answer may call tools."""
 
     @property
     def choices(self) -> int:
@@ -94,15 +92,19 @@ def read_chat(body: dict[str, Any], served: Served) -> Call:
         )
     fields = Fields(body)
     _check_model(fields, served)
-    messages = _messages(fields.require("messages", list))
-    tools = fields.take("tools", list)
+    template, tokenizer = served.template, served.tokenizer
+    messages = read_messages(fields.require("messages", list))
+    tools = read_tools(fields.take("tools", list, default=[]))
+    if tools and not template.tools:
+        raise bad_field("tools", f"chat template {template.name!r} knows no calls of tools: leave them out")
     options = Fields(fields.take("chat_template_kwargs", dict, default={}), "chat_template_kwargs.")
     thinking = options.take("thinking", bool, default=False)
     options.finish()
-    if fields.take("tool_choice", str, dict, default="auto") == "none":
-        tools = None
-    elif body.get("tool_choice") not in (None, "auto"):
+    choice = fields.take("tool_choice", str, dict, default="auto")
+    if choice not in ("auto", "none"):
         raise bad_field("tool_choice", "only auto and none are supported: the model decides", "unsupported_parameter")
+    if choice == "none":
+        tools = []
     fields.allow_only("parallel_tool_calls", True)
     fields.allow_only("response_format", {"type": "text"})
     fields.allow_only("modalities", ["text"])
@@ -110,7 +112,6 @@ def read_chat(body: dict[str, Any], served: Served) -> Call:
     logprobs = fields.take("logprobs", bool, default=False)
     fields.allow_only("top_logprobs", 0, why="is not supported (logprobs gives the sampled tokens' alone)")
     limit, limit_name = _chat_limit(fields)
-    template, tokenizer = served.template, served.tokenizer
     try:
         prompt = template.encode(tokenizer, messages, tools=tools, thinking=thinking, add_generation_prompt=True).ids
     except ValueError as error:
@@ -121,7 +122,7 @@ def read_chat(body: dict[str, Any], served: Served) -> Call:
     fields.finish()
     return Call(
         requests=requests, chat=True, stream=stream, include_usage=include_usage, logprobs=logprobs,
-        thinking=thinking, tools=bool(tools),
+        thinking=thinking,
     )  # fmt: skip
 
 
@@ -225,45 +226,3 @@ def _prompts(prompt: str | list[Any], tokenizer: Any) -> list[list[int]]:
         else:
             raise bad_field("prompt", "must be a string, an array of token ids, or an array of these", "invalid_type")
     return ids
-
-
-def _messages(messages: list[Any]) -> list[dict[str, Any]]:
-    """Messages as templates take them: content is one string."""
-    if not messages:
-        raise bad_field("messages", "is empty: give at least one message")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _message(message: Any, path: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise bad_field(path, "must be an object with role and content", "invalid_type")
-    fields = Fields(message, f"{path}.")
-    role = fields.require("role", str)
-    if role == "developer":  # the newer name of the same role
-        role = "system"
-    if role not in _ROLES:
-        raise bad_field(f"{path}.role", f"{role!r}: must be one of {', '.join(_ROLES)}")
-    content = fields.take("content", str, list)
-    read: dict[str, Any] = {"role": role, "content": _text(content, path)}
-    if role == "assistant":
-        read["tool_calls"] = fields.take("tool_calls", list)
-        read["reasoning_content"] = fields.take("reasoning_content", str)
-        fields.ignore("refusal", "annotations")  # parts of a reply of the API that no template shows
-    elif role == "tool":
-        read["tool_call_id"] = fields.take("tool_call_id", str)
-        fields.ignore("name")  # templates know a tool's result by its place
-    if content is None and not read.get("tool_calls"):
-        raise bad_field(f"{path}.content", "is required", "missing_required_parameter")
-    fields.finish()
-    return {name: value for name, value in read.items() if value is not None or name == "content"}
-
-
-def _text(content: str | list[Any] | None, path: str) -> str | None:
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise bad_field(f"{path}.content[{i}]", 'must be {"type": "text", "text": …}: models here read text alone')
-        texts.append(part["text"])
-    return "".join(texts)
