@@ -1,17 +1,20 @@
 """GB/s of `load_hf` against a plain read by the safetensors library, and the host memory that it takes.
 
-    python benchmarks/load_hf.py [--gigabytes 4] [--folder DIR] [--dtypes float8,bfloat16]
+    python benchmarks/load_hf.py [--gigabytes 4] [--folder DIR] [--dtypes float8,bfloat16] [--rounds 3]
 
-A checkpoint in V3's form, FP8 blocks with random values, is made on the spot. Each reading is a process of its own,
-cold (the files' pages dropped from the system's cache before) and warm (after a reading). `extra` is the peak of the
-process's memory over what it had before loading and over the arrays themselves, which stand in host memory on a CPU;
-`bound` is 2 × the largest stacked leaf + 1 GiB. Prints a line of JSON a reading. The plain read needs torch, as the
-library's numpy side knows no FP8.
+A checkpoint in V3's form, FP8 blocks with random values, is made on the spot. Each reading is a process of its own, in
+turns: plain, each dtype, plain again. Cold means that the files' pages were dropped from the system's cache before, warm
+that they were just read. `plain` copies every tensor into memory one after the other and keeps them all, as `load_hf`
+does; `plain-dropped` lets go of each, so that it needs no memory of its own. `extra` is the peak of the process's memory
+over what it had before loading and over the arrays themselves, which stand in host memory on a CPU; `bound` is 2 × the
+largest stacked leaf + 1 GiB. Prints a line of JSON a reading, then medians with their spread. The plain read needs torch,
+as the library's numpy side knows no FP8.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -82,17 +85,19 @@ def settle(n_bytes: int) -> None:
     touched[::4096] = 1
 
 
-def plain(folder: Path) -> dict[str, Any]:
+def plain(folder: Path, keep: bool) -> dict[str, Any]:
     """Every tensor, copied out of the file's map, one after the other."""
     import torch
     from safetensors import safe_open
 
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    kept, start = [], time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, a reader is no dict
-                tensors.get_tensor(name).clone()
+                copy = tensors.get_tensor(name).clone()
+                if keep:
+                    kept.append(copy)
     return {"seconds": time.perf_counter() - start}
 
 
@@ -123,15 +128,32 @@ def memory(field: str) -> int:
 
 def measure(folder: Path, what: str, cold: bool) -> dict[str, Any]:
     """One reading in a process of its own."""
-    settle(3 * sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    if cold:
-        drop_cache(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    settle(2 * sum(file.stat().st_size for file in files) + GIB)
+    drop_cache(folder)
+    if not cold:
+        for file in files:
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
     command = [sys.executable, __file__, "--measure", what, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    gigabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+    gigabytes = sum(file.stat().st_size for file in files) / 1e9
     rate = {"what": what, "cache": "cold" if cold else "warm", "gb": round(gigabytes, 2)}
-    return rate | {"gb_per_s": round(gigabytes / result["seconds"], 3)} | result
+    return rate | {"gb_per_s": round(gigabytes / result["seconds"], 3), "load": os.getloadavg()[0]} | result
+
+
+def summary(results: list[dict[str, Any]]) -> list[str]:
+    """Median and spread of each kind of reading, and its ratio to the plain read of its own round."""
+    lines, rates = [], {}
+    for result in results:
+        rates.setdefault((result["cache"], result["what"]), []).append(result["gb_per_s"])
+    for (cache, what), found in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(found, rates[cache, "plain"], strict=True)]
+        line = f"{cache} {what}: {statistics.median(found):.2f} GB/s ({min(found):.2f} to {max(found):.2f})"
+        lines.append(f"{line}, of plain {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return lines
 
 
 def main() -> None:
@@ -139,24 +161,29 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made and kept (default: a temporary one)")
     parser.add_argument("--dtypes", default="float8,bfloat16")
+    parser.add_argument("--caches", default="cold,warm")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-plain", action="store_true", help="only `load_hf`: torch is not needed")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(
-            json.dumps(plain(options.folder) if options.measure == "plain" else load(options.folder, options.measure))
-        )
+        plainly = {"plain": True, "plain-dropped": False}
+        what, folder = options.measure, options.folder
+        print(json.dumps(plain(folder, plainly[what]) if what in plainly else load(folder, what)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "checkpoint"
         if not (folder / "config.json").exists():
             make_checkpoint(folder, options.gigabytes)
-        rates: dict[str, float] = {}
-        for cache in ("cold", "warm"):
-            for what in ("plain", *options.dtypes.split(",")):
-                result = measure(folder, what, cache == "cold")
-                rates[f"{cache} {what}"] = result["gb_per_s"]
-                result["of_plain"] = round(result["gb_per_s"] / rates[f"{cache} plain"], 2)
-                print(json.dumps(result), flush=True)
+        results = []
+        peers = () if options.no_plain else ("plain", "plain-dropped")
+        for cache in options.caches.split(","):
+            for _ in range(options.rounds):
+                for what in (*peers, *options.dtypes.split(",")):
+                    results.append(measure(folder, what, cache == "cold"))
+                    print(json.dumps(results[-1]), flush=True)
+        if peers:
+            print("\n".join(summary(results)))
 
 
 if __name__ == "__main__":

@@ -191,13 +191,22 @@ def test_block_fp8(tmp_path):
     assert scales.shape == fp8.scale_shape(w.shape) == (3, 2)
     with pytest.raises(ValueError, match="not finite"):
         fp8.quantise(np.full((2, 2), np.inf, np.float32))
-    big = np.arange(256, dtype=np.uint8)[None].repeat(4200, 0).view(fp8.FLOAT8)  # past the size that XLA decodes
-    each = draw.uniform(1e-5, 1e-3, (34, 256)).astype(np.float32)
-    for dtype in (np.float32, ml_dtypes.bfloat16):
-        expected = (big.astype(np.float32) * each[(5 + np.arange(4200)) // 128]).astype(dtype)
-        decoded = fp8.decode(big, each, 5, 128, dtype)
-        assert decoded.dtype == expected.dtype
-        np.testing.assert_array_equal(decoded.astype(np.float32), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_decoding_by_xla_is_the_conversion_bit_for_bit(dtype):
+    draw = np.random.default_rng(0)
+    every = np.arange(256, dtype=np.uint8)[:, None].repeat(4200, 1).view(fp8.FLOAT8)  # past the size that XLA decodes
+    decode = fp8.Decoder()
+    for offset, least in ((5, 1e-5), (0, 1e-8), (127, 1e-2)):  # the room of the last result is used again
+        each = draw.uniform(least, 100 * least, (34, 256)).astype(np.float32)
+        out = np.zeros((4200, 300), dtype)
+        decode(every, each, offset, 128, out[:, :256])
+        with np.errstate(over="ignore"):
+            expected = (every.T.astype(np.float32) * each[(offset + np.arange(4200)) // 128]).astype(dtype)
+        bits = f"u{expected.itemsize}"
+        np.testing.assert_array_equal(out[:, :256].view(bits), expected.view(bits))
+        assert not out[:, 256:].any()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, ml_dtypes.bfloat16, np.float32, np.float64])

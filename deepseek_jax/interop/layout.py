@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from deepseek_jax.interop.rows import Axis, Row
 
-_STRIP = 128  # rows transposed at once, so that they stay in the cache
+_LARGE = 2**14  # values from which a call of XLA's is worth its while
 
 Span = tuple[int, int]
 
@@ -24,41 +25,33 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def transposed(matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """[n, c] -> [c, n] in `out`, whose rows are contiguous, or in a new array.
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """[n, c] -> [c, n], contiguous and read-only.
 
-    Values of 1, 2 and 4 bytes are first laid side by side in words of 8, which then move in one piece: three times as
-    fast as numpy's own copy of `matrix.T`.
+    Handing a transposed view to jax's CPU lays it out anew by XLA's blocked transposition, seven times as fast as numpy's
+    copy, and without Python's lock.
     """
-    n, c = matrix.shape
-    out = np.empty((c, n), matrix.dtype) if out is None else out
-    together = 8 // matrix.itemsize if matrix.itemsize in (1, 2, 4) else 1
-    contiguous = matrix.strides[1] == matrix.itemsize and out.strides[1] == out.itemsize
-    if together == 1 or n % together or matrix.size < 2**14 or not contiguous:
-        out[...] = matrix.T
-        return out
-    kind = f"u{matrix.itemsize}"
-    bits, wide = matrix.view(kind), out.view(np.uint64)
-    room = scratch("words", _STRIP * c * matrix.itemsize)
-    for start in range(0, n, _STRIP):
-        strip = bits[start : start + _STRIP]
-        words = room[: strip.nbytes].view(kind).reshape(len(strip) // together, c, together)
-        for k in range(together):
-            words[:, :, k] = strip[k::together]
-        wide[:, start // together : (start + len(strip)) // together] = words.view(np.uint64)[..., 0].T
-    return out
+    device = host_cpu() if matrix.itemsize <= 4 and matrix.size >= _LARGE else None
+    if device is None:
+        return np.ascontiguousarray(matrix.T)
+    bits = matrix.view(f"u{matrix.itemsize}").T
+    return np.asarray(jax.device_put(bits, device)).view(matrix.dtype)
 
 
-_scratch = threading.local()
+def copy(target: np.ndarray, values: np.ndarray) -> None:
+    """`target[...] = values`; equal dtypes as plain bits, since numpy copies bfloat16 one value at a time."""
+    if target.dtype == values.dtype:
+        target, values = (array.view(f"u{array.itemsize}") for array in (target, values))
+    target[...] = values
 
 
-def scratch(name: str, n_bytes: int) -> np.ndarray:
-    """Bytes of this thread's own, for the caller alone until it asks again: fresh memory costs more than the work."""
-    held = getattr(_scratch, name, None)
-    if held is None or len(held) < n_bytes:
-        held = aligned_empty((n_bytes,), np.uint8)
-        setattr(_scratch, name, held)
-    return held[:n_bytes]
+@functools.cache
+def host_cpu() -> Any:
+    """This process's CPU as a jax device, or None where jax was told to leave it out (JAX_PLATFORMS=tpu)."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def places(axes: tuple[Axis, ...], spans: Sequence[Span]) -> np.ndarray:

@@ -27,7 +27,7 @@ from deepseek_jax.interop.headers import DTYPES, FLOAT8, Checkpoint, TensorInfo,
 from deepseek_jax.interop.hf_config import config_from_hf, quantization_of
 from deepseek_jax.interop.names import copies, table
 from deepseek_jax.interop.progress import Progress
-from deepseek_jax.interop.reading import Reader
+from deepseek_jax.interop.reading import read_rows
 from deepseek_jax.interop.rows import Row, scale_name, scale_rows
 from deepseek_jax.layers.rope import inverse_frequencies
 from deepseek_jax.models.counts import abstract_variables
@@ -89,8 +89,13 @@ def load_hf(
         progress = jax.process_index() == 0
     total = sum(checkpoint.tensors[n].nbytes for n in {n for row in rows for _, n in row.names()})
     variables: dict[str, Any] = {}
-    with Reader() as reader, Progress(f"load {name}", total, progress) as told:
-        loader = _Loader(checkpoint, reader, told, block)
+    local = storage.is_local(checkpoint.folder)
+    with (
+        storage.PartReader() as parts,
+        Progress(f"load {name}", total, progress) as told,
+        ThreadPoolExecutor(max(2, os.cpu_count() or 1) if local else _CLOUD_THREADS) as pool,
+    ):
+        loader = _Loader(checkpoint, parts, pool, told, block)
         _require_copies(loader, config)
         if isinstance(config.attention, GQA):
             _require_angles(loader, config)
@@ -108,10 +113,16 @@ def load_hf(
 class _Loader:
     """Makes leaves from tensors."""
 
-    def __init__(self, checkpoint: Checkpoint, reader: Reader, told: Progress, block: tuple[int, int] | None):
-        self.checkpoint, self.reader, self._told, self._block = checkpoint, reader, told, block
-        local = storage.is_local(checkpoint.folder)
-        self.threads = max(2, os.cpu_count() or 1) if local else _CLOUD_THREADS
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parts: storage.PartReader,
+        pool: ThreadPoolExecutor,
+        told: Progress,
+        block: tuple[int, int] | None,
+    ):
+        self.checkpoint, self.parts, self.pool = checkpoint, parts, pool
+        self._told, self._block, self._decode = told, block, fp8.Decoder()
 
     def kept_dtype(self, row: Row) -> np.dtype:
         """The dtype that all tensors of a leaf have on disk."""
@@ -145,66 +156,41 @@ class _Loader:
         if not len(rows) or not len(cols):
             return
 
-        def one(place: tuple[int, ...]) -> None:
+        def one(place: tuple[int, ...], strip: slice) -> None:
             inside = tuple(at - start for at, (start, _) in zip(place, lead, strict=True))
             shape = (len(cols), len(rows)) if row.swapped else (len(rows), len(cols))
-            self._tensor(buffer[inside].reshape(shape), row.name(*place), rows, cols, row.swapped)
+            out = buffer[inside].reshape(shape)
+            out = out[:, strip] if row.swapped else out[strip]
+            self._strip(out, row.name(*place), rows[strip], cols, row.swapped)
 
-        todo = list(itertools.product(*(range(start, stop) for start, stop in lead)))
-        if len(todo) == 1:
-            one(todo[0])
-            return
-        with ThreadPoolExecutor(min(self.threads, len(todo))) as pool:
-            list(pool.map(one, todo))
+        todo = []
+        for place in itertools.product(*(range(start, stop) for start, stop in lead)):
+            step = _strip_rows(self.checkpoint.tensors[row.name(*place)])
+            todo += [(place, slice(start, start + step)) for start in range(0, len(rows), step)]
+        list(self.pool.map(one, *zip(*todo, strict=True)))
 
-    def _tensor(self, out: np.ndarray, name: str, rows: np.ndarray, cols: np.ndarray, swapped: bool) -> None:
+    def _strip(self, out: np.ndarray, name: str, rows: np.ndarray, cols: np.ndarray, swapped: bool) -> None:
         """The given rows and columns of one tensor, as they are or transposed, into `out`."""
-        info = self.checkpoint.tensors[name]
-        decoded = info.dtype == FLOAT8 and out.dtype != fp8.FLOAT8
-        scales = self._scales(name) if decoded else None
-        width = max(1, info.nbytes // info.shape[0])
-        step = max(128, _STRIP_BYTES // width // 128 * 128)
-        for start in range(0, len(rows), step):
-            strip = rows[start : start + step]
-            wanted = layout.as_slice(cols)
-            piece = self.reader.rows(info, strip, whole=len(cols) == _width(info)).reshape(len(strip), -1)[:, wanted]
-            n_bytes = piece.nbytes
-            target = out[:, start : start + step] if swapped else out[start : start + step]
-            if scales is not None:
-                assert swapped and self._block is not None  # every quantised tensor is a Linear's
-                by_row = scales[strip // self._block[0]]
-                if isinstance(wanted, slice):
-                    first, last = int(cols[0]) // self._block[1], int(cols[-1]) // self._block[1] + 1
-                    each, offset, length = by_row[:, first:last].T, int(cols[0]) % self._block[1], self._block[1]
-                else:
-                    each, offset, length = by_row[:, cols // self._block[1]].T, 0, 1
-                room = layout.scratch("piece", piece.nbytes).view(piece.dtype).reshape(piece.shape[::-1])
-                piece = layout.transposed(piece, room)
-                _copy(target, fp8.decode(piece, np.ascontiguousarray(each), offset, length, out.dtype))
-            elif not swapped:
-                _copy(target, piece)
-            elif piece.dtype == out.dtype:
-                layout.transposed(piece, target)
+        info, wanted = self.checkpoint.tensors[name], layout.as_slice(cols)
+        whole = len(cols) == math.prod(info.shape[1:])
+        piece = read_rows(self.parts, info, rows, whole=whole).reshape(len(rows), -1)[:, wanted]
+        if info.dtype == FLOAT8 and out.dtype != fp8.FLOAT8:
+            assert swapped and self._block is not None  # every quantised tensor is a Linear's
+            by_row = read_rows(self.parts, self.checkpoint.tensors[scale_name(name)])[rows // self._block[0]]
+            if isinstance(wanted, slice):
+                first, last = int(cols[0]) // self._block[1], int(cols[-1]) // self._block[1] + 1
+                each, offset, length = by_row[:, first:last].T, int(cols[0]) % self._block[1], self._block[1]
             else:
-                room = layout.scratch("piece", piece.nbytes).view(piece.dtype).reshape(piece.shape[::-1])
-                target[...] = layout.transposed(piece, room)
-            self._told(n_bytes)
-
-    def _scales(self, name: str) -> np.ndarray:
-        info = self.checkpoint.tensors[scale_name(name)]
-        return self.reader.rows(info, np.arange(info.shape[0]))
+                each, offset, length = by_row[:, cols // self._block[1]].T, 0, 1
+            self._decode(piece, np.ascontiguousarray(each), offset, length, out)
+        else:
+            layout.copy(out, layout.transposed(piece) if swapped else piece)
+        self._told(piece.nbytes)
 
 
-def _copy(target: np.ndarray, values: np.ndarray) -> None:
-    """`target[...] = values`; equal dtypes as plain bits, since numpy copies bfloat16 one value at a time."""
-    if target.dtype == values.dtype:
-        target, values = (array.view(f"u{array.itemsize}") for array in (target, values))
-    target[...] = values
-
-
-def _width(info: TensorInfo) -> int:
-    """Columns of a matrix; 1 for a vector."""
-    return math.prod(info.shape[1:])
+def _strip_rows(info: TensorInfo) -> int:
+    """Rows of a tensor that are handled at once: a multiple of a block's, so that few shapes are compiled."""
+    return max(128, _STRIP_BYTES * info.shape[0] // max(info.nbytes, 1) // 128 * 128)
 
 
 def _targets(config: ModelConfig, mesh: Mesh | None) -> tuple[dict[str, Any], dict[str, Sharding]]:
@@ -227,23 +213,22 @@ def _everywhere(mesh: Mesh | None) -> Sharding:
 
 def _require_copies(loader: _Loader, config: ModelConfig) -> None:
     """Tensors that repeat others must do so bit for bit, since they are not loaded; a process compares its share."""
-    tensors, reader = loader.checkpoint.tensors, loader.reader
+    tensors = loader.checkpoint.tensors
 
-    def same(ours: Any, theirs: Any, index: np.ndarray) -> bool:
-        return reader.rows(ours, index).tobytes() == reader.rows(theirs, index).tobytes()
+    def same(ours: TensorInfo, theirs: TensorInfo, index: np.ndarray) -> bool:
+        return np.array_equal(*(read_rows(loader.parts, info, index).view(np.uint8) for info in (ours, theirs)))
 
     for name, original in copies(config).items():
         if name not in tensors or original not in tensors:
             continue
         ours, theirs = tensors[name], tensors[original]
-        step = max(1, _STRIP_BYTES * ours.shape[0] // max(ours.nbytes, 1))
+        step = _strip_rows(ours)
         strips = [np.arange(at, min(at + step, ours.shape[0])) for at in range(0, ours.shape[0], step)]
-        with ThreadPoolExecutor(loader.threads) as pool:
-            mine = strips[jax.process_index() :: jax.process_count()]
-            if not all(pool.map(partial(same, ours, theirs), mine)):
-                raise ValueError(
-                    f"{loader.checkpoint.folder}: {name} differs from {original}; the model shares one between them"
-                )
+        mine = strips[jax.process_index() :: jax.process_count()]
+        if not all(loader.pool.map(partial(same, ours, theirs), mine)):
+            raise ValueError(
+                f"{loader.checkpoint.folder}: {name} differs from {original}; the model shares one between them"
+            )
 
 
 def _require_angles(loader: _Loader, config: ModelConfig) -> None:
@@ -253,6 +238,6 @@ def _require_angles(loader: _Loader, config: ModelConfig) -> None:
     expected = inverse_frequencies(plain, config.attention.head_dim)
     for name, info in loader.checkpoint.tensors.items():
         if is_angles(name):
-            table = loader.reader.rows(info, np.arange(info.shape[0])).astype(np.float64)
+            table = read_rows(loader.parts, info).astype(np.float64)
             if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-2):
                 raise ValueError(f"{loader.checkpoint.folder}: {name} is not what rope_theta = {plain.theta} gives")

@@ -16,7 +16,7 @@ from deepseek_jax.interop.headers import DTYPES, FLOAT8, open_folder
 from deepseek_jax.interop.hf_config import config_from_hf, quantization_of, quantization_to_hf
 from deepseek_jax.interop.names import table
 from deepseek_jax.interop.progress import Progress
-from deepseek_jax.interop.reading import Reader
+from deepseek_jax.interop.reading import read_rows
 from deepseek_jax.interop.rows import scale_name
 from deepseek_jax.interop.save import ON_DISK, SaveDtype, cast, place_in_file
 from deepseek_jax.interop.writing import (
@@ -85,13 +85,13 @@ def rewrite_hf(
         stated_out = {k: v for k, v in stated_out.items() if k != "num_mtp_layers"} | {"num_nextn_predict_layers": 0}
 
     folder = new_folder(path)
-    with Reader() as reader, Progress(f"write {folder.name}", sum(t.nbytes for t in planned), progress) as told:
+    with (
+        storage.PartReader() as parts,
+        Progress(f"write {folder.name}", sum(t.nbytes for t in planned), progress) as told,
+    ):
 
         def whole(name: str) -> np.ndarray:
-            info = checkpoint.tensors[name]
-            if not info.shape[0]:
-                return np.zeros(info.shape, DTYPES[info.dtype])
-            return reader.rows(info, np.arange(info.shape[0]))
+            return read_rows(parts, checkpoint.tensors[name])
 
         def arrays() -> Iterator[np.ndarray]:
             coming = iter(planned)

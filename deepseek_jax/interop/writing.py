@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,6 @@ from etils import epath
 
 from deepseek_jax import storage
 from deepseek_jax.interop.headers import DTYPES, INDEX, NAMES, SINGLE
-from deepseek_jax.storage.files import upload
 
 SHARD_BYTES = 5_000_000_000
 
@@ -76,7 +71,7 @@ def write_tensors(
     names = [SINGLE] if count == 1 else [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
     coming = iter(arrays)
     for name, shard in zip(names, shards, strict=True):
-        with _new_file(folder / name) as file:
+        with storage.new_file(folder / name) as file:
             file.write(_header(shard))
             for tensor in shard:
                 array = next(coming)
@@ -128,24 +123,3 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def _new_file(target: epath.Path) -> Any:
-    """A file that has its name only once it is whole."""
-    if not storage.is_local(target):
-        with tempfile.NamedTemporaryFile() as file:
-            yield file
-            file.flush()
-            upload(Path(file.name), target)
-        return
-    final = Path(target)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)

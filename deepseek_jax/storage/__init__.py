@@ -12,6 +12,7 @@ from deepseek_jax.storage.files import (
     list_files,
     make_folder,
     map_array,
+    new_file,
     path,
     read_bytes,
     remove_tree,
@@ -21,16 +22,19 @@ from deepseek_jax.storage.files import (
 )
 from deepseek_jax.storage.lines import LineFile
 from deepseek_jax.storage.lock import RunLock
+from deepseek_jax.storage.parts import PartReader
 
 __all__ = [
     "AnyPath",
     "LineFile",
+    "PartReader",
     "RunLock",
     "cache_folder",
     "is_local",
     "list_files",
     "make_folder",
     "map_array",
+    "new_file",
     "path",
     "read_bytes",
     "remove_tree",

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -71,14 +71,25 @@ def write_atomic(p: AnyPath, content: str | bytes) -> epath.Path:
 
 def save_array(p: AnyPath, array: np.ndarray) -> epath.Path:
     """Writes an array as one .npy file, whole or not at all. Returns the path."""
-    if is_local(p):
-        with _replacing(path(p)) as temporary:
-            _save(temporary, array)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            _save(Path(folder) / "array.npy", array)
-            upload(Path(folder) / "array.npy", path(p))
+    with new_file(p) as stream:
+        np.save(stream, array, allow_pickle=False)
     return path(p)
+
+
+@contextlib.contextmanager
+def new_file(p: AnyPath) -> Iterator[IO[bytes]]:
+    """A stream to a file that has its name only once it is whole; an error leaves the old one.
+
+    A cloud object is put together in this machine's temporary folder first.
+    """
+    if is_local(p):
+        with _replacing(path(p)) as temporary, temporary.open("wb") as stream:
+            yield stream
+        return
+    with tempfile.NamedTemporaryFile() as stream:
+        yield stream
+        stream.flush()
+        upload(Path(stream.name), path(p))
 
 
 def map_array(p: AnyPath) -> np.ndarray:
@@ -175,11 +186,6 @@ def _replacing(target: epath.Path) -> Iterator[Path]:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    with file.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
 
 
 def cloud() -> Any:
