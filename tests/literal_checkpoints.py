@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from literal.attention import linear_frequencies, llama3_frequencies, plain_frequencies, yarn_frequencies, yarn_m
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 ARCHITECTURES = {
     "llama": "Llama", "qwen2": "Qwen2", "deepseek": "Deepseek", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
@@ -81,7 +81,7 @@ def tensor_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes.update({f"{prefix}.{n}_layernorm.weight": (D,) for n in ("input", "post_attention")})
         if "kv_lora_rank" in c:
             Q, C, P, R, V = (
-                c[n] for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+                c.get(n) for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             )
             if Q is None:
                 shapes[f"{a}.q_proj.weight"] = (N * (P + R), D)
@@ -92,7 +92,7 @@ def tensor_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{a}.kv_b_proj.weight"], shapes[f"{a}.o_proj.weight"] = (N * (P + V), C), (D, N * V)
         else:
             H = c.get("head_dim") or D // N
-            for n, heads in (("q", N), ("k", c["num_key_value_heads"]), ("v", c["num_key_value_heads"])):
+            for n, heads in (("q", N), ("k", c.get("num_key_value_heads") or N), ("v", c.get("num_key_value_heads") or N)):
                 shapes[f"{a}.{n}_proj.weight"] = (heads * H, D)
                 if c["model_type"] == "qwen2":
                     shapes[f"{a}.{n}_proj.bias"] = (heads * H,)
@@ -104,7 +104,8 @@ def tensor_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}.mlp.gate.e_score_correction_bias"] = (c["n_routed_experts"],)
         for expert in range(c["n_routed_experts"]):
             mlp(f"{prefix}.mlp.experts.{expert}", c["moe_intermediate_size"])
-        mlp(f"{prefix}.mlp.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
+        if c.get("n_shared_experts"):
+            mlp(f"{prefix}.mlp.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
 
     L, W = c["num_hidden_layers"], c["vocab_size"]
     shapes["model.embed_tokens.weight"] = (W, D)
@@ -127,7 +128,7 @@ def random_tensors(config: dict[str, Any], draw: np.random.Generator) -> dict[st
     tensors: dict[str, np.ndarray] = {}
     for name, shape in tensor_shapes(config).items():
         if name.endswith("shared_head.head.weight"):
-            value = tensors["lm_head.weight"]
+            value = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
         elif name.endswith("embed_tokens.weight") and name != "model.embed_tokens.weight":
             value = tensors["model.embed_tokens.weight"]
         elif name.endswith("norm.weight"):
@@ -180,16 +181,25 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], 
     return folder
 
 
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
 FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
 
 
 def logits(c: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, list, float]:
     """Main logits [T, W], multi-token logits of each depth, and how near a choice of experts was to another."""
     w = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
-    margins, T, eps, N = [1.0], len(tokens), c["rms_norm_eps"], c["num_attention_heads"]
+    margins, T, N = [1.0], len(tokens), c["num_attention_heads"]
     s = dict(c["rope_scaling"] or {})
     kind = s.pop("type", None) or s.pop("rope_type", None)
     s.pop("rope_type", None)
+    stretch = 1.0
+    if kind == "yarn":
+        s = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0} | s
+        stretch = yarn_m(s["factor"], s["mscale"]) / yarn_m(s["factor"], s["mscale_all_dim"])
 
     def angles(dim):
         theta = c["rope_theta"]
@@ -205,11 +215,11 @@ def logits(c: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray
             return yarn_frequencies(dim, theta, s["factor"], original, s["beta_fast"], s["beta_slow"])
         return plain_frequencies(dim, theta)
 
-    def norm(x, name):
+    def norm(x, name, eps=c["rms_norm_eps"]):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * w[name]
 
     def rotate(x, interleaved):  # [heads, T, R]
-        turn = np.exp(1j * np.outer(np.arange(x.shape[1]), angles(x.shape[-1])))
+        turn = stretch * np.exp(1j * np.outer(np.arange(x.shape[1]), angles(x.shape[-1])))
         half = x.shape[-1] // 2
         z = x[..., 0::2] + 1j * x[..., 1::2] if interleaved else x[..., :half] + 1j * x[..., half:]
         z = z * turn
@@ -224,9 +234,9 @@ def logits(c: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray
             if c["q_lora_rank"] is None:
                 q = x @ w[f"{p}.q_proj.weight"].T
             else:
-                q = norm(x @ w[f"{p}.q_a_proj.weight"].T, f"{p}.q_a_layernorm.weight") @ w[f"{p}.q_b_proj.weight"].T
+                q = norm(x @ w[f"{p}.q_a_proj.weight"].T, f"{p}.q_a_layernorm.weight", 1e-6) @ w[f"{p}.q_b_proj.weight"].T
             q, down = heads(q, N), x @ w[f"{p}.kv_a_proj_with_mqa.weight"].T
-            kv = heads(norm(down[:, :C], f"{p}.kv_a_layernorm.weight") @ w[f"{p}.kv_b_proj.weight"].T, N)
+            kv = heads(norm(down[:, :C], f"{p}.kv_a_layernorm.weight", 1e-6) @ w[f"{p}.kv_b_proj.weight"].T, N)
             rope_k = np.repeat(rotate(down[None, :, C:], True), N, 0)
             q = np.concatenate([q[..., :P], rotate(q[..., P:], True)], -1)
             k, v = np.concatenate([kv[..., :P], rope_k], -1), kv[..., P:]
@@ -255,7 +265,7 @@ def logits(c: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray
         return order[:count]
 
     def moe(p, x):
-        out = mlp(f"{p}.shared_experts", x)
+        out = mlp(f"{p}.shared_experts", x) if c.get("n_shared_experts") else np.zeros_like(x)
         scores = x @ w[f"{p}.gate.weight"].T
         if c["scoring_func"] == "sigmoid":
             scores = 1 / (1 + np.exp(-scores))
@@ -263,7 +273,7 @@ def logits(c: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray
             scores = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         for t in range(len(x)):
             choice = scores[t] + w.get(f"{p}.gate.e_score_correction_bias", 0)
-            if (groups := c.get("n_group", 1)) > 1:
+            if (groups := c.get("n_group") or 1) > 1 and c["topk_method"] != "greedy":
                 grouped = np.sort(choice.reshape(groups, -1), -1)
                 value = grouped[:, -2:].sum(-1) if c["topk_method"] == "noaux_tc" else grouped[:, -1]
                 kept = np.repeat(np.isin(np.arange(groups), best(value, c["topk_group"])), len(choice) // groups)

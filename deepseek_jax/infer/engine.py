@@ -19,11 +19,10 @@ import numpy as np
 from deepseek_jax import platform
 from deepseek_jax.infer import programs
 from deepseek_jax.infer.sampling import DRAWS, Draws, Sampling, settings
+from deepseek_jax.layers.experts import FEW_ROWS
 from deepseek_jax.models.cached import init_cache, unstack
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import degree
-
-_FEW_ROWS = 4  # rows of a step up to which a GPU likes matrices with the summed dim last
 
 
 @dataclass(kw_only=True)
@@ -137,10 +136,10 @@ class Engine:
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.speculate, self.record_experts = speculate, record_experts
         on_one_gpu = platform.target() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
-        self._few_rows = on_one_gpu and slots * (1 + speculate) <= _FEW_ROWS
+        few_rows = on_one_gpu and slots * (1 + speculate) <= FEW_ROWS
         self.weights = None
         if variables is not None:
-            self.weights = unstack(model, variables, few_rows=self._few_rows, consume=consume)
+            self.weights = unstack(model, variables, few_rows=few_rows, consume=consume)
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Running] = {}
         self._state: programs.Slots | None = None
@@ -314,7 +313,7 @@ class Engine:
 
     def _empty(self) -> programs.Slots:
         B, W = self.slots, self.model.config.vocab_size
-        state = programs.Slots(
+        return programs.Slots(
             cache=init_cache(self.model.config, B, self.places, mtp=self.speculate),
             token=jnp.zeros(B, jnp.int32),
             place=jnp.full(B, self.places, jnp.int32),
@@ -323,9 +322,6 @@ class Engine:
             given=jax.tree.map(jnp.asarray, settings([Sampling()] * B, np.ones((B, W), bool))),
             draft=jnp.zeros(B, jnp.int32) if self.speculate else None,
         )
-        # Bound to the weights' device where these are bound to it, as results will be: or programs would compile twice.
-        weight = jax.tree.leaves(self.weights)[0]
-        return jax.device_put(state, weight.sharding) if self._few_rows else state
 
     def _check(self, number: int, request: Request) -> None:
         config, prompt, sampling = self.model.config, request.prompt, request.sampling

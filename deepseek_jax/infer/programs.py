@@ -83,7 +83,7 @@ def prefill(
         cache: of the chunks before; None for the first.
         following: int32 [B, T]: the next token of each; `-1` where it is not known yet.
     """
-    fresh = cache is None
+    weights, fresh = weights.turned_back(), cache is None
     if cache is None:
         cache = init_cache(model.config, tokens.shape[0], places, mtp=speculate)
     hidden, cache, experts = extend(model, weights, tokens, positions, cache, fresh)
@@ -115,6 +115,7 @@ def enter(
         seen: bool [1, W]: tokens of the prompt.
         given: of this row.
     """
+    weights = weights.turned_back()
     hidden = prefilled.hidden[None, None]
     token, raw, drawn = sample(head(model, weights, hidden)[:, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
     seen = seen.at[0, token[0]].set(True)
@@ -163,7 +164,7 @@ def decode(
     one = _plain if state.draft is None else _speculative
 
     def step(state: Slots, _: None) -> tuple[Slots, Decoded]:
-        state, out = one(model, draws, weights, state, places)
+        state, out = one(model, draws, weights.turned_back(), state, places)
         if not record_experts:
             out = replace(out, experts=None)
         elif out.experts is not None:

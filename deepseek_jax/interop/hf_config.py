@@ -197,6 +197,8 @@ def _experts(fields: Fields, kind: str) -> MoE | Dense:
         groups: dict[str, Any] = {}
     else:
         groups = {field: fields.take(field, int, 1) for field in ("n_group", "topk_group")}
+        if gate["topk_method"] == "greedy":  # the groups have no say
+            groups["topk_group"] = groups["n_group"]
         groups["routed_scaling_factor"] = fields.take("routed_scaling_factor", float, 1.0)
     alpha = fields.take("aux_loss_alpha", float, 0.0)
     if not fields.take("seq_aux", bool, True) and alpha:
@@ -209,7 +211,7 @@ def _experts(fields: Fields, kind: str) -> MoE | Dense:
         n_shared_experts=fields.take("n_shared_experts", int, 0),
         moe_intermediate_size=fields.take("moe_intermediate_size", int),
         num_experts_per_tok=fields.take("num_experts_per_tok", int),
-        first_k_dense_replace=fields.take("first_k_dense_replace", int, 0),
+        first_k_dense_replace=min(fields.take("first_k_dense_replace", int, 0), fields.take("num_hidden_layers", int)),
         sequence_loss_alpha=alpha if kind == "deepseek_v3" else 0.0,
         expert_loss_alpha=0.0 if kind == "deepseek_v3" else alpha,
         **gate,

@@ -135,7 +135,7 @@ def table(config: ModelConfig) -> list[Row]:
         rows += [_row(_Entry("head/w", "lm_head.weight", "W D -> D W"), sizes)]
     modules = range(layers, layers + config.num_nextn_predict_layers)
     if modules:
-        block = _layer(config, moe=config.num_moe_layers > 0)
+        block = _layer(config, moe=isinstance(config.ffn, MoE))
         inside = [entry._replace(path=_below("block", entry.path)) for entry in block]
         rows += _stack("mtp", (*_MTP, *inside), modules, sizes)
     return rows

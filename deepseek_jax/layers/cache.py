@@ -53,8 +53,9 @@ def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSV: Array, positions_BT: 
         seen_BtS = jnp.arange(S) <= positions_Bt[..., None]
         scores = jnp.where(seen_BtS[:, None, None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        return jnp.einsum("bkgts,bksv->btkgv", weights.astype(v_BKSV.dtype), v_BKSV, preferred_element_type=wide)
+        # Divided by the sum at the end, where there is less to divide.
+        out = jnp.einsum("bkgts,bksv->btkgv", weights.astype(v_BKSV.dtype), v_BKSV, preferred_element_type=wide)
+        return out / jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
 
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     pieces = 1

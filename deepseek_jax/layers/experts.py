@@ -63,6 +63,8 @@ def routed_experts(
     return jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
 
 
+FEW_ROWS = 4
+"""Tokens of a step up to which a GPU likes matrices with the summed dim last."""
 _FEW = 64  # tokens; more of them keep a grouped product busy
 _DENSE = 4  # where an expert in so many is chosen by a token, a few tokens choose nearly all
 
@@ -78,7 +80,7 @@ def few_tokens_experts(
     (M, X), E = indices_MX.shape, w_gate_EDF.shape[0]
     wide = weights_MX.dtype
     if M * X < E and M <= _FEW // 8:
-        times = _chosen_on_gpu if platform.target() == "gpu" else _chosen
+        times = _chosen_on_gpu if platform.target() == "gpu" and M <= FEW_ROWS else _chosen
         inputs_MXD = jnp.broadcast_to(x_MD[:, None], (M, X, x_MD.shape[1]))
         gate, up = (times(inputs_MXD, w, indices_MX).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
         out_MXD = times(jax.nn.silu(gate) * up, w_down_EFD, indices_MX)
@@ -99,9 +101,10 @@ def _chosen(x_MXI: Array, w_EIO: Array, indices_MX: Array) -> Array:
 
 def _chosen_on_gpu(x_MXI: Array, w_EIO: Array, indices_MX: Array) -> Array:
     """As `_chosen`, float32 or wider: written as a sum, which the compiler fuses with the choice of the matrices, where a
-    product would copy them first."""
+    product would copy them first. Matrices that decoding turned (models/cached.py) are read where they are."""
     wide = jnp.promote_types(x_MXI.dtype, jnp.float32)
-    return (x_MXI[..., None].astype(wide) * w_EIO[indices_MX].astype(wide)).sum(axis=2)
+    w_EOI = w_EIO.swapaxes(1, 2)
+    return (x_MXI[:, :, None].astype(wide) * w_EOI[indices_MX].astype(wide)).sum(axis=-1)
 
 
 class Experts(nn.Module):

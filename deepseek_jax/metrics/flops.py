@@ -66,7 +66,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool =
         experts = 6.0 * D * ffn.moe_intermediate_size * (ffn.num_experts_per_tok + ffn.n_shared_experts)
         router = 2.0 * D * ffn.n_routed_experts
     head = 2.0 * D * config.vocab_size
-    block = projections + scores + (experts + router if config.num_moe_layers else dense)
+    block = projections + scores + (experts + router if isinstance(ffn, MoE) else dense)
     layers = config.num_hidden_layers
     return {
         "projections": layers * projections,

@@ -25,6 +25,10 @@ V3_SAVED = (
 """What remat = "v3" keeps: all matrix products but MLA's up-projections. Norms, those and SwiGLU's product are redone."""
 
 
+LATENT_EPS = 1e-6
+"""Of the norms of MLA's latents: every published implementation leaves it at this, whatever rms_norm_eps says."""
+
+
 class Block(nn.Module):
     """A decoder layer, `moe` or dense."""
 
@@ -42,7 +46,7 @@ class Block(nn.Module):
         if isinstance(c.attention, GQA):
             attention = GQAttention(c.attention, c.rope, name="attention", **kwargs)
         else:
-            attention = MLAttention(c.attention, c.rope, c.rms_norm_eps, name="attention", **kwargs)
+            attention = MLAttention(c.attention, c.rope, LATENT_EPS, name="attention", **kwargs)
         out_BTD, cache = attention(normed, context, cache)
         x_BTD = x_BTD + checkpoint_name(out_BTD, "block_attention")
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)

@@ -4,13 +4,14 @@ Training scans over stacked parameters, which compiles one layer for all. A deco
 layer's weights out of the stack first, so here every layer has arrays of its own, cast once to the compute dtype.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import ModelConfig
@@ -35,6 +36,19 @@ class LayerWeights:
     """Of a `Block` each."""
     mtp: tuple[Any, ...]
     """Of a `MTPModule` each."""
+    few_rows: bool = struct.field(pytree_node=False, default=False)
+    """Whether matrices are turned so that the dim that decoding sums over comes last."""
+
+    def turned_back(self) -> "LayerWeights":
+        """The same as the modules want it. Inside a program: the compiler reads the turned matrices where they are."""
+        if not self.few_rows:
+            return self
+
+        def back(path: Any, leaf: Array) -> Array:
+            order = _summed_last(path[-1].key, leaf.ndim)
+            return leaf if order is None else leaf.transpose(np.argsort(order))
+
+        return replace(jax.tree_util.tree_map_with_path(back, self), few_rows=False)
 
 
 def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume: bool = False) -> LayerWeights:
@@ -43,8 +57,8 @@ def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume:
     Args:
         model: the model.
         variables: as `model.init` gives them, on any mesh; each part keeps its shards.
-        few_rows: lay matrices out in memory so that the dim a decoding step sums over comes last: a GPU reads them faster
-            for a few rows of input.
+        few_rows: turn matrices so that the dim a decoding step sums over comes last: a GPU reads them faster for a few
+            rows of input.
         consume: free each stacked array once it is taken apart, so that no second copy of the model exists.
     """
     c = model.config
@@ -62,38 +76,39 @@ def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume:
             flat, shape = jax.tree_util.tree_flatten_with_path(sub)
             columns = []
             for path, leaf in flat:
-                columns.append(_taken((*path, collection), leaf, config=c, few_rows=few_rows, count=count))
+                columns.append(_taken(path, leaf, config=c, few_rows=few_rows, count=count))
                 if consume:
                     jax.block_until_ready(columns[-1])
                     leaf.delete()
             for i in range(count):
                 target[i][collection] = shape.unflatten([column[i] for column in columns])
     layers = (*apart.get("dense_layers", ()), *apart.get("moe_layers", ()))
-    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart.get("mtp", ())))
+    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart.get("mtp", ())), few_rows=few_rows)
 
 
 def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count: int | None) -> Any:
     """A leaf as a step wants it; with `count`, a tuple of that many, of the slices along its first dim."""
-    names = [str(getattr(entry, "key", entry)) for entry in path]
-    name = next(n for n in reversed(names) if n not in ("params", "router"))
+    name, names = path[-1].key, {entry.key for entry in path}
     dtype = leaf.dtype if name in ("scale", "bias") or "router" in names else jnp.dtype(config.dtype)
-    rank = leaf.ndim - (count is not None)
-    order = _summed_last(name, rank) if few_rows else None
+    order = _summed_last(name, leaf.ndim - (count is not None)) if few_rows else None
     if count is None and order is None and leaf.dtype == dtype:
         return leaf
     where: Any = None
     if isinstance(leaf.sharding, NamedSharding):
+        assert order is None  # a mesh has more than a few rows
         spec = leaf.sharding.spec if count is None else leaf.sharding.spec[1:]
         where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
-    if order is not None:
-        where = Format(Layout(major_to_minor=order), where or leaf.sharding)
+
+    def one(x: Array) -> Array:
+        return (x if order is None else x.transpose(order)).astype(dtype)
+
     if count is None:
-        return jax.jit(lambda x: x.astype(dtype), out_shardings=where)(leaf)
-    return jax.jit(lambda x: tuple(x[i].astype(dtype) for i in range(count)), out_shardings=(where,) * count)(leaf)
+        return jax.jit(one, out_shardings=where)(leaf)
+    return jax.jit(lambda x: tuple(one(x[i]) for i in range(count)), out_shardings=(where,) * count)(leaf)
 
 
 def _summed_last(name: str, rank: int) -> tuple[int, ...] | None:
-    """Order of a matrix' dims in memory with the one that decoding sums over last; None where it is there already."""
+    """Order of a matrix' dims with the one that decoding sums over last; None where it is there already."""
     if name in ("w_uk", "scale", "bias", "embedding") or name.startswith("b_"):
         return (1, 0, 2) if name == "w_uk" else None
     if name == "w_o":
@@ -127,7 +142,7 @@ def extend(
 
     Args:
         model: the model.
-        weights: from `unstack`.
+        weights: from `unstack`, turned back.
         tokens: integer [B, T] ids.
         positions: int32 [B, T]: the place of each token, which is also its row of the cache; padding has a place past
             the cache's end. Consecutive in a row of the batch.
@@ -158,7 +173,7 @@ def draft(
 
     Args:
         model: a model with multi-token prediction.
-        weights: from `unstack`.
+        weights: from `unstack`, turned back.
         hidden: [B, T, D] of tokens i, from `extend`.
         following: integer [B, T]: tokens i + 1.
         positions: int32 [B, T] of tokens i, as in `extend`.

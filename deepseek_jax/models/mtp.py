@@ -41,7 +41,7 @@ class MTPModule(nn.Module):
             self, "w_proj", (2 * D, D), ("embed", "act_embed"), dtype=c.param_dtype, stddev=c.initializer_range
         )
         x = checkpoint_name(jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype), "mtp_in")
-        block = Block(c, moe=isinstance(c.ffn, MoE) and c.num_moe_layers > 0, name="block")
+        block = Block(c, moe=isinstance(c.ffn, MoE), name="block")
         x, (stats, cache) = block(x, replace(context, valid=valid_BT), cache)
         out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)
         return out, (out, stats, cache)
