@@ -93,6 +93,12 @@ def open_folder(path: storage.AnyPath) -> Checkpoint:
                 f"opened here; get the safetensors of this checkpoint"
             )
         raise ValueError(f"{folder} holds neither {INDEX} nor {SINGLE}")
+    shards = (f.name for f in folder.iterdir() if re.fullmatch(r".+-\d+-of-\d+\.safetensors", f.name))
+    if others := sorted(set(shards) - set(files)):
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:3])}, which {INDEX if weight_map else 'no ' + INDEX} names: their tensors "
+            f"would be left out; get the index of these files, or move them away"
+        )
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         if not (folder / name).exists():

@@ -35,6 +35,12 @@ _MAY_BE = {
 }
 
 
+# The last ones say nothing that the tensors' own dtypes do not.
+_QUANTIZATION = {
+    "quant_method", "fmt", "scale_fmt", "weight_block_size", "activation_scheme", "modules_to_not_convert", "dequantize",
+}  # fmt: skip
+
+
 def config_from_hf(config: Mapping[str, Any], *, name: str = "", dtype: Any = "float32") -> ModelConfig:
     """The configuration that a config.json describes.
 
@@ -95,6 +101,8 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     where = "config.json: quantization_config"
     if not isinstance(stated, Mapping):
         raise ValueError(f"{where} = {stated!r}: must be an object")
+    if unknown := sorted(set(stated) - _QUANTIZATION):
+        raise ValueError(f"{where} = {dict(stated)!r}: unknown fields {unknown}; known: {sorted(_QUANTIZATION)}")
     block = stated.get("weight_block_size", [128, 128])
     if stated.get("quant_method") != "fp8" or stated.get("fmt", "e4m3") != "e4m3":
         raise ValueError(f"{where} = {dict(stated)!r}: only quant_method 'fp8' with fmt 'e4m3' is read here")

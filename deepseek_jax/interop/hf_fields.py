@@ -76,55 +76,61 @@ class Fields:
 
 def rope_from_hf(fields: Fields, latent: bool) -> Rope:
     """`rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`, or both where they agree."""
-    theta = fields.take("rope_theta", float, None)
-    scaling = fields.take("rope_scaling", dict, None)
-    new = dict(fields.take("rope_parameters", dict, None) or {})
-    if new:
-        inner = new.pop("rope_theta", None)
-        if inner is not None and theta is not None and inner != theta:
-            raise fields.wrong("rope_theta", theta, f"contradicts rope_parameters, which gives {inner!r}")
-        theta = inner if theta is None and inner is not None else theta
-        before, now = _scaling(fields, scaling, latent), _scaling(fields, new, latent)
-        if scaling is not None and before != now:
-            raise fields.wrong("rope_scaling", scaling, f"contradicts rope_parameters = {new!r}")
-        return Rope(theta=float(theta or 10000.0), interleaved=latent, scaling=now)
-    return Rope(theta=float(theta or 10000.0), interleaved=latent, scaling=_scaling(fields, scaling, latent))
+    theta, scaling, stated = fields.take("rope_theta", float, None), None, []
+    for name in ("rope_scaling", "rope_parameters"):  # either may hold the base too
+        given = fields.take(name, dict, None)
+        if given is None:
+            continue
+        inner = given.get("rope_theta")
+        if theta is not None and inner not in (None, theta):
+            raise fields.wrong("rope_theta", theta, f"contradicts {name}, which gives {inner!r}")
+        theta = inner if theta is None else theta
+        scaling = _scaling(fields, name, {k: v for k, v in given.items() if k != "rope_theta"}, latent)
+        stated.append(scaling)
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise fields.wrong(
+            "rope_scaling", fields.config["rope_scaling"],
+            f"contradicts rope_parameters = {fields.config['rope_parameters']!r}",
+        )  # fmt: skip
+    if theta is None:
+        theta = 10000.0  # what every format means where it says nothing
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise fields.wrong("rope_theta", theta, "must be a number")
+    return Rope(theta=float(theta), interleaved=latent, scaling=scaling)
 
 
-def _scaling(fields: Fields, given: Mapping[str, Any] | None, latent: bool) -> Any:
-    if given is None:
-        return None
+def _scaling(fields: Fields, name: str, given: Mapping[str, Any], latent: bool) -> Any:
     values = dict(given)
     kinds = {values.pop(key) for key in ("rope_type", "type") if key in values}
     if len(kinds) != 1:
-        raise fields.wrong("rope_scaling", dict(given), "needs one kind, as type or rope_type")
+        raise fields.wrong(name, dict(given), "needs one kind, as type or rope_type")
     [kind] = kinds
     classes = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
-    if kind == "default":
-        return None
-    if kind not in classes:
-        raise fields.wrong("rope_scaling", dict(given), f"kind {kind!r}: known are default, {', '.join(classes)}")
-    values.pop("rope_theta", None)
+    if kind != "default" and kind not in classes:
+        raise fields.wrong(name, dict(given), f"kind {kind!r}: known are default, {', '.join(classes)}")
     if kind == "yarn":
         # DeepSeek's code and transformers agree where both are given, or neither: then no softmax temperature.
-        if ("mscale" in values) != ("mscale_all_dim" in values):
-            raise fields.wrong("rope_scaling", dict(given), "give mscale and mscale_all_dim both, or neither")
-        if values.get("mscale_all_dim") and not latent:
-            raise fields.wrong("rope_scaling", dict(given), "mscale_all_dim belongs to MLA")
+        if len({"mscale", "mscale_all_dim"} & set(values)) == 1 or 0 in (
+            values.get("mscale"),
+            values.get("mscale_all_dim"),
+        ):
+            raise fields.wrong(name, dict(given), "give mscale and mscale_all_dim both, above 0, or neither")
+        if "mscale_all_dim" in values and not latent:
+            raise fields.wrong(name, dict(given), "mscale_all_dim belongs to MLA")
         values = {"mscale_all_dim": 0.0, **values}
-    allowed = set(classes[kind].__dataclass_fields__)
+    allowed = set(classes[kind].__dataclass_fields__) if kind != "default" else set()
     if unknown := sorted(set(values) - allowed):
-        raise fields.wrong(
-            "rope_scaling", dict(given), f"unknown in a {kind} scaling: {unknown}; known: {sorted(allowed)}"
-        )
+        raise fields.wrong(name, dict(given), f"unknown in a {kind} scaling: {unknown}; known: {sorted(allowed)}")
+    if kind == "default":
+        return None
     for field, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise fields.wrong(f"rope_scaling.{field}", value, "must be a number")
+            raise fields.wrong(f"{name}.{field}", value, "must be a number")
         values[field] = int(value) if field.startswith("original") else float(value)
     try:
         return classes[kind](**values)
     except TypeError as error:
-        raise fields.wrong("rope_scaling", dict(given), str(error).split("__init__()")[-1].strip()) from None
+        raise fields.wrong(name, dict(given), str(error).split("__init__()")[-1].strip()) from None
 
 
 def scaling_to_hf(scaling: None | LinearScaling | Llama3Scaling | YarnScaling) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ Training scans over stacked parameters, which compiles one layer for all. A deco
 layer's weights out of the stack first, so here every layer has arrays of its own, cast once to the compute dtype.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,7 +46,7 @@ class LayerWeights:
             return self
 
         def back(path: Any, leaf: Array) -> Array:
-            order = _summed_last(path[-1].key, leaf.ndim)
+            order = _summed_last(path[-1].key, leaf.shape)
             return leaf if order is None else leaf.transpose(np.argsort(order))
 
         return replace(jax.tree_util.tree_map_with_path(back, self), few_rows=False)
@@ -90,7 +91,7 @@ def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count
     """A leaf as a step wants it; with `count`, a tuple of that many, of the slices along its first dim."""
     name, names = path[-1].key, {entry.key for entry in path}
     dtype = leaf.dtype if name in ("scale", "bias") or "router" in names else jnp.dtype(config.dtype)
-    order = _summed_last(name, leaf.ndim - (count is not None)) if few_rows else None
+    order = _summed_last(name, leaf.shape[count is not None :]) if few_rows else None
     if count is None and order is None and leaf.dtype == dtype:
         return leaf
     where: Any = None
@@ -107,15 +108,20 @@ def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count
     return jax.jit(lambda x: tuple(one(x[i]) for i in range(count)), out_shardings=(where,) * count)(leaf)
 
 
-def _summed_last(name: str, rank: int) -> tuple[int, ...] | None:
-    """Order of a matrix' dims with the one that decoding sums over last; None where it is there already."""
-    if name in ("w_uk", "scale", "bias", "embedding") or name.startswith("b_"):
-        return (1, 0, 2) if name == "w_uk" else None
-    if name == "w_o":
-        return (2, 0, 1)
-    if rank == 3:
-        return (0, 2, 1) if name in ("w_gate", "w_up", "w_down") else (1, 2, 0)
-    return (1, 0) if rank == 2 else None
+_TURNED = 2**23  # numbers of a matrix up to which the order matters; a larger product keeps a GPU busy in the usual one
+
+
+def _summed_last(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Order of a matrix' dims with the one that decoding sums over last; None where the matrix stays as it is.
+
+    The rule gives the same answer, a matrix or none, for the turned shape.
+    """
+    if len(shape) == 3 and name in ("w_gate", "w_up", "w_down"):
+        return (0, 2, 1)
+    if len(shape) < 2 or math.prod(shape) > _TURNED or name == "embedding" or name.startswith("b_"):
+        return None
+    special = {"w_uk": (1, 0, 2), "w_o": (2, 0, 1)}
+    return special.get(name, (1, 2, 0) if len(shape) == 3 else (1, 0))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, *, mtp: bool = False, dtype: str | None = None) -> Cache:

@@ -239,7 +239,7 @@ def selection_margin(model: torch.nn.Module, margins: list[float]) -> None:
         biased = hasattr(module, "e_score_correction_bias")
         scores = logits.sigmoid() + module.e_score_correction_bias if biased else logits.softmax(-1)
         groups = getattr(module, "num_group", None) or 1
-        if groups > 1 and (biased or module.topk_method == "group_limited_greedy"):
+        if groups > (module.topk_group or 1) and (biased or module.topk_method == "group_limited_greedy"):
             by_group = scores.view(len(scores), groups, -1)
             best = by_group.topk(2, -1)[0].sum(-1) if biased else by_group.amax(-1)
             ordered = best.sort(-1, descending=True)[0]
