@@ -88,6 +88,10 @@ def test_folders_that_are_none(tmp_path):
     save_file({"c": np.zeros(2), "d": np.zeros(1)}, tmp_path / "y.safetensors")
     with pytest.raises(ValueError, match="holds 'd', which .* places in None"):
         load_hf(tmp_path)
+    save_file({"e": np.zeros(2)}, tmp_path / "model-00003-of-00003.safetensors")
+    with pytest.raises(ValueError, match="holds model-00003-of-00003.safetensors, which .* would be left out"):
+        load_hf(tmp_path)
+    (tmp_path / "model-00003-of-00003.safetensors").unlink()
     save_file({"c": np.zeros(2)}, tmp_path / "y.safetensors")
     with pytest.raises(ValueError, match=r"names 1 tensors that its files do not hold: \['b'\]"):
         load_hf(tmp_path)
@@ -181,7 +185,13 @@ def test_fp8_needs_its_scales_and_its_config(v3):
         ({"rope_scaling": {"factor": 2.0}}, "needs one kind"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "kind 'dynamic'"),
         ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "needs one kind"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "both, or neither"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "both, above 0, or neither"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0}}, "above 0"),
+        ({"rope_scaling": {"type": "default", "factor": 2.0}}, r"unknown in a default scaling: \['factor'\]"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5.0}}, "rope_theta = 10000.*rope_scaling"),
+        ({"rope_theta": 0}, "theta = 0"),
+        ({"rope_theta": None, "rope_scaling": {"type": "default", "rope_theta": "1"}}, "rope_theta = '1'"),
+        ({"quantization_config": literal.FP8 | {"bits": 4}}, r"quantization_config .*unknown fields \['bits'\]"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "more": 1}}, r"unknown in a linear scaling: \['more'\]"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor = '2': must be a number"),
         ({"rope_scaling": {"type": "linear"}}, "missing 1 required keyword-only argument: 'factor'"),

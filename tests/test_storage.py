@@ -86,6 +86,30 @@ def test_arrays_cut_short_are_refused(root, spoil):
         storage.map_array(file)
 
 
+def test_a_stream_gives_a_whole_file_or_none(root):
+    with storage.new_file(f"{root}/a") as stream:
+        stream.write(b"ab")
+        assert not storage.path(f"{root}/a").exists()
+        stream.write(b"cd")
+    assert storage.read_bytes(f"{root}/a") == b"abcd"
+    with pytest.raises(KeyError), storage.new_file(f"{root}/a") as stream:
+        stream.write(b"ef")
+        raise KeyError
+    assert storage.read_bytes(f"{root}/a") == b"abcd" and len(storage.list_files(root)) == 1
+
+
+def test_parts_of_files(root):
+    data = bytes(range(256)) * 64
+    file = storage.write_atomic(f"{root}/a", data)
+    with storage.PartReader() as reader:
+        for start, end, whole in ((0, 10, True), (4097, 9001, False), (5, 5, True), (16000, 16384, True)):
+            part = reader.read(file, start, end, whole=whole)
+            assert bytes(part) == data[start:end]
+        with pytest.raises(ValueError, match="has changed while it was being read"):
+            reader.read(file, 16000, 16385 + 4096)
+    assert bytes(part) == data[16000:]  # a part outlives its reader
+
+
 def test_an_array_of_objects_is_refused(root):
     with pytest.raises(ValueError, match="allow_pickle=False"):
         storage.save_array(f"{root}/x.npy", np.array([{}]))

@@ -8,7 +8,7 @@ code of the other members.
 
 from typing import NamedTuple
 
-from deepseek_jax.config import GQA, MLA, Dense, ModelConfig, MoE
+from deepseek_jax.config import GQA, MLA, Dense, ModelConfig, MoE, YarnScaling
 from deepseek_jax.interop.rows import Row, make_row
 
 ARCHITECTURES = {
@@ -95,6 +95,10 @@ def format_of(config: ModelConfig) -> str:
     ffn, attention = config.ffn, config.attention
     latent = isinstance(attention, MLA)
     need(config.rope.interleaved == latent, "rope.interleaved", config.rope.interleaved, "MLA has pairs, GQA halves")
+    scaling = config.rope.scaling
+    if isinstance(scaling, YarnScaling) and (scaling.mscale, scaling.mscale_all_dim) != (1, 0):
+        both = scaling.mscale > 0 and scaling.mscale_all_dim > 0
+        need(latent and both, "rope.scaling", scaling, "mscale = 1 and mscale_all_dim = 0, or with MLA both above 0")
     if isinstance(attention, GQA):
         need(config.num_nextn_predict_layers == 0, "num_nextn_predict_layers", config.num_nextn_predict_layers, "0")
         if isinstance(ffn, Dense):
