@@ -13,6 +13,7 @@ from helpers import micro, random_variables
 from serving import LIMIT_S, QUESTION, TOKENIZER, serving, until
 
 import deepseek_jax as dsj
+from deepseek_jax.chat.jinja import FolderTemplate
 from deepseek_jax.chat.tagged import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, V3_1
 from deepseek_jax.infer.engine import Engine
 from deepseek_jax.serve import create_app
@@ -301,6 +302,14 @@ def test_reasoning_and_tools():
         history = [*QUESTION, choice.message.model_dump()]
         history += [{"role": "tool", "tool_call_id": call.id, "content": "1"} for call in calls]
         assert ask(history, tools=[tool]).message.content == "It is 3."
+
+
+def test_a_whole_answer_shows_a_thought_that_was_not_announced(fake):
+    template = FolderTemplate("{{ messages[0].content }}")
+    fake.answer = "So: 4.\n</think>\n\nIt is 4."
+    with serving(fake, template=template) as running, running.client() as client:
+        message = client.chat.completions.create(model="m", messages=QUESTION).choices[0].message
+    assert (message.reasoning_content, message.content) == ("So: 4.", "It is 4.")
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone():

@@ -28,7 +28,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument(
         "--places", type=int, metavar="N", help="tokens of the conversation (default: 4096, or what the model has)"
     )
-    parser.add_argument("--dtype", help="of the weights (default: as they are stored)")
+    parser.add_argument("--dtype", help="of a published model (default: bfloat16, on a CPU float32)")
     options = parser.parse_args(args)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")

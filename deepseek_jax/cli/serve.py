@@ -35,7 +35,7 @@ def run(args: Sequence[str]) -> None:
         default=os.environ.get(_KEY_VARIABLE),
         help=f"what clients must send; better in {_KEY_VARIABLE}, which no list of processes shows (default: none)",
     )
-    parser.add_argument("--dtype", help="of the weights (default: as they are stored)")
+    parser.add_argument("--dtype", help="of a published model (default: bfloat16, on a CPU float32)")
     options = parser.parse_args(args)
 
     from deepseek_jax.serve import bind, create_app, serve

@@ -17,7 +17,7 @@ def open_engine(
         slots: requests that are decoded together.
         places: tokens of prompt and answer that a slot holds; None: 4096, or what the model has positions for.
         template: name of a chat template; None takes the checkpoint's.
-        dtype: of the weights; None leaves them as they are stored.
+        dtype: as in `open_model`.
 
     Returns:
         Engine, tokenizer, and chat template: None where the checkpoint has none and none was named.

@@ -63,18 +63,23 @@ class Reply:
             for request in call.requests
             for _ in range(request.samples)
         ]
-        self._offsets = [0] * len(
-            self._choices
-        )  # characters of the tokens sent, for completions with log-probabilities
+        # Characters of the tokens told, for completions with log-probabilities.
+        self._offsets = [0] * len(self._choices)
+        self._whole = [Delta(index, "", [], [], None) for index in range(len(self._choices))]
 
     def add(self, delta: Delta) -> None:
-        """Takes a delta into the whole answer."""
-        self._choices[delta.index].add(delta)
+        """Keeps a delta for the whole answer."""
+        so_far = self._whole[delta.index]
+        self._whole[delta.index] = Delta(
+            delta.index, so_far.text + delta.text, so_far.tokens + delta.tokens, so_far.logprobs + delta.logprobs,
+            delta.finish_reason,
+        )  # fmt: skip
 
     def whole(self) -> dict[str, Any]:
-        """The answer, after every delta."""
+        """The answer, after every delta. It is split once: the end may show that a model has thought."""
         choices = []
         for index, choice in enumerate(self._choices):
+            choice.add(self._whole[index])
             body: dict[str, Any] = {"index": index}
             if self.call.chat:
                 message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
