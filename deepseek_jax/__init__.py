@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         Rope,
         YarnScaling,
     )
-    from deepseek_jax.infer.generate import continue_text, generate, load_run
+    from deepseek_jax.infer.generate import continue_text, generate
+    from deepseek_jax.infer.load import load_run, open_model
     from deepseek_jax.interop.inspect import inspect_hf
     from deepseek_jax.interop.load import load_hf
     from deepseek_jax.interop.save import save_hf
@@ -52,7 +53,8 @@ _HOME = {
     "inspect_hf": "interop.inspect",
     "RunConfig": "training",
     "generate": "infer.generate",
-    "load_run": "infer.generate",
+    "load_run": "infer.load",
+    "open_model": "infer.load",
     "continue_text": "infer.generate",
     "ModelConfig": "config",
     "GQA": "config",
@@ -88,6 +90,7 @@ __all__ = [
     "list_configs",
     "load_hf",
     "load_run",
+    "open_model",
     "report",
     "save_hf",
     "train",

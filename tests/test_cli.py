@@ -240,18 +240,21 @@ def test_every_config_file_loads_and_takes_overrides():
 
 def test_generate_passes_its_options(monkeypatch, capsys):
     calls = []
-    monkeypatch.setitem(dsj.__dict__, "load_run", lambda run_dir: f"loaded {run_dir}")
+    monkeypatch.setitem(dsj.__dict__, "open_model", lambda path, dtype: f"loaded {path}")
     monkeypatch.setitem(
         dsj.__dict__, "continue_text", lambda *args, **options: calls.append((args, options)) or [" f(): ..."]
     )
     assert main.main(["generate", "runs/x", "--prompt", "def", "--seed", "3", "--temperature", "0"]) == 0
-    options = {"max_new_tokens": 128, "temperature": 0.0, "top_p": 0.95, "seed": 3}
+    options = {
+        "max_new_tokens": 128, "temperature": 0.0, "top_p": 0.95, "top_k": 0, "seed": 3, "stop": (), "samples": 1,
+        "speculate": False,
+    }  # fmt: skip
     assert calls == [(("loaded runs/x", ["def"]), options)]
     assert capsys.readouterr().out == "def f(): ...\n"
 
 
-def test_generate_refuses_what_is_no_run(tmp_path, capsys):
-    assert "is no run folder" in refused(capsys, "generate", str(tmp_path), "--prompt", "def")
+def test_generate_refuses_what_is_no_model(tmp_path, capsys):
+    assert "has neither manifest.json (a run) nor config.json" in refused(capsys, "generate", str(tmp_path), "--prompt", "def")
 
 
 def test_models_prints_a_row_a_member(monkeypatch, capsys):

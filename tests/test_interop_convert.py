@@ -11,7 +11,7 @@ from helpers import micro, random_variables, run_config
 import deepseek_jax as dsj
 from deepseek_jax.cli import convert, inspect
 from deepseek_jax.data.tokenizer import byte_tokenizer
-from deepseek_jax.infer.generate import load_run
+from deepseek_jax.infer.load import load_run
 from deepseek_jax.interop.load import load_hf
 from deepseek_jax.interop.save import save_hf
 from deepseek_jax.parallel import MeshConfig, make_mesh

@@ -72,7 +72,7 @@ def run_to_hf(
     Raises: ValueError as `load_run` and `save_hf`.
     """
     from deepseek_jax import storage
-    from deepseek_jax.infer.generate import load_run
+    from deepseek_jax.infer.load import load_run
     from deepseek_jax.interop.save import save_hf
     from deepseek_jax.models.transformer import DeepSeek
 

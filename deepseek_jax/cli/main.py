@@ -21,7 +21,7 @@ VERBS = {
     ),
     "convert": ("deepseek_jax.cli.convert", "turn a run folder into a published checkpoint, or the other way round"),
     "inspect": ("deepseek_jax.cli.inspect", "say what a published checkpoint is, from its headers alone"),
-    "generate": ("deepseek_jax.cli.generate", "continue a prompt with the model of a run"),
+    "generate": ("deepseek_jax.cli.generate", "continue texts with the model of a run or a published checkpoint"),
     "chat": ("deepseek_jax.cli.chat", "talk with a model in the terminal"),
     "serve": ("deepseek_jax.cli.serve", "answer calls of the OpenAI API over HTTP"),
 }

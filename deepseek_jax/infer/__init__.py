@@ -1,1 +1,1 @@
-"""Generation. A plain sampler for now: every token runs the whole sequence again."""
+"""Generation: models opened from folders, an engine with caches, sampling."""

@@ -18,47 +18,12 @@ import numpy as np
 
 from deepseek_jax import platform
 from deepseek_jax.infer import programs
-from deepseek_jax.infer.sampling import DRAWS, Draws, Sampling, settings
+from deepseek_jax.infer.requests import Generation, Request, check
+from deepseek_jax.infer.sampling import DRAWS, Sampling, settings
 from deepseek_jax.layers.experts import FEW_ROWS
 from deepseek_jax.models.cached import init_cache, unstack
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import degree
-
-
-@dataclass(kw_only=True)
-class Generation:
-    """What a prompt is continued with; it grows while the engine works on it."""
-
-    tokens: list[int] = field(default_factory=list)
-    """New tokens, the stop token included where one came."""
-    logprobs: list[float] = field(default_factory=list)
-    """Log-probability of each new token under the model (temperature 1, all allowed tokens), nats."""
-    sampled_logprobs: list[float] = field(default_factory=list)
-    """Under the distribution that it was drawn from; 0 at temperature 0."""
-    text: str = ""
-    """The new tokens as text, whole characters only, without special tokens and without what `Sampling.stop` ends it
-    with; empty where the engine has no tokenizer."""
-    finish_reason: Literal["stop", "length", "cancelled"] | None = None
-    """None while it grows."""
-    drafts: int = 0
-    """Tokens that the multi-token module proposed."""
-    accepted: int = 0
-    """Proposals that were right, so that a step gave two tokens."""
-    experts: np.ndarray | None = None
-    """Int16 [prompt + new tokens − 1, L, X], at the end, with `record_experts`: the experts of every token that was run
-    (the last new one was not), in each MoE layer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt, and how it is continued."""
-
-    prompt: Sequence[int]
-    sampling: Sampling = Sampling()
-    samples: int = 1
-    """Continuations wanted; they share one prefill, and the first is what one sample alone would be."""
-    allowed: np.ndarray | None = None
-    """Bool [vocabulary]: the tokens that may be chosen; None: all."""
 
 
 @dataclass(eq=False)
@@ -324,32 +289,14 @@ class Engine:
         )
 
     def _check(self, number: int, request: Request) -> None:
-        config, prompt, sampling = self.model.config, request.prompt, request.sampling
-        if not len(prompt):
-            raise ValueError(f"prompt {number} is empty: give at least one token (such as the begin-of-sequence token)")
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            raise ValueError(f"prompt {number} has ids outside the vocabulary of {config.vocab_size}")
-        if len(prompt) + sampling.max_new_tokens > self.places:
-            raise ValueError(
-                f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {sampling.max_new_tokens} are "
-                f"more than the {self.places} places of a slot"
-            )
-        if request.samples < 1:
-            raise ValueError(f"samples = {request.samples} of prompt {number}: must be at least 1")
-        if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"stop = {sampling.stop} of prompt {number}: texts need an engine with a tokenizer")
-        if request.allowed is not None:
-            allowed = np.asarray(request.allowed)
-            if allowed.shape != (config.vocab_size,) or allowed.dtype != bool:
-                raise ValueError(
-                    f"allowed of prompt {number} must be {config.vocab_size} bools, not {allowed.dtype} {allowed.shape}"
-                )
-            if not allowed[: self.vocab_size].any():
-                raise ValueError(f"allowed of prompt {number} allows no token")
+        check(
+            request, f"prompt {number}", vocabulary=self.model.config.vocab_size, choosable=self.vocab_size,
+            places=self.places, texts=self.tokenizer is not None,
+        )  # fmt: skip
 
 
 def _power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 8)
 
 
-__all__ = ["Draws", "Engine", "Generation", "Request", "Sampling"]
+__all__ = ["Engine", "Generation", "Request", "Sampling"]

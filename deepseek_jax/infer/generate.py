@@ -1,14 +1,14 @@
-"""Text from a model: the engine in one call, and the way from a run folder to a model."""
+"""Tokens and text from a model: the engine in one call."""
 
-import json
 from collections.abc import Sequence
-from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
-from deepseek_jax import storage
-from deepseek_jax.infer.engine import Engine, Generation, Request
+from deepseek_jax.infer.engine import Engine
+from deepseek_jax.infer.load import Loaded
+from deepseek_jax.infer.requests import Generation, Request
 from deepseek_jax.infer.sampling import Sampling
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import degree
 
 _MOST_SLOTS = 32
 _PLACES_STEP = 64  # slots have a multiple of it, so that few lengths are compiled
@@ -25,6 +25,9 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    samples: int = 1,
+    speculate: bool = False,
+    tokenizer: Any = None,
     **sampling: Any,
 ) -> list[Generation]:
     """Continue each prompt.
@@ -39,7 +42,10 @@ def generate(
         seed: of the sampling; a prompt's continuation does not depend on the prompts beside it.
         stop_ids: tokens that end a continuation; the model's end-of-sequence token by default.
         vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows.
-        sampling: further fields of `Sampling`: top_k, min_p, repetition_penalty.
+        samples: continuations of each prompt, one after the other in the result.
+        speculate: decode with the model's multi-token module: the same tokens in fewer steps.
+        tokenizer: gives `Generation.text`, and knows `stop` by it.
+        sampling: further fields of `Sampling`: top_k, min_p, repetition_penalty, stop.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, a sequence longer than the model's positions.
@@ -59,50 +65,20 @@ def generate(
             f"prompt and new tokens are {longest}, more than max_position_embeddings = {config.max_position_embeddings}"
         )
     places = min(-(-longest // _PLACES_STEP) * _PLACES_STEP, config.max_position_embeddings)
-    engine = Engine(model, variables, slots=min(len(prompts), _MOST_SLOTS), places=places, vocab_size=vocab_size)
-    return engine.generate([Request(prompt=prompt, sampling=how) for prompt in prompts])
+    slots, batch = min(len(prompts) * samples, _MOST_SLOTS), degree("batch")
+    engine = Engine(
+        model, variables, slots=-(-slots // batch) * batch, places=places, vocab_size=vocab_size, speculate=speculate,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    return engine.generate([Request(prompt=prompt, sampling=how, samples=samples) for prompt in prompts])
 
 
-class LoadedRun(NamedTuple):
-    """A finished or running run, ready to be used."""
-
-    model: DeepSeek
-    variables: Any
-    tokenizer: Any
-    step: int
-
-
-def load_run(run_dir: str | PathLike[str], step: int | None = None) -> LoadedRun:
-    """Model, newest good (or given) checkpoint and tokenizer of a run folder.
-
-    Raises:
-        ValueError: no manifest, no checkpoint, or one that does not fit the manifest's configuration.
-    """
-    from deepseek_jax.checkpoint.store import Store
-    from deepseek_jax.config import ModelConfig
-    from deepseek_jax.data.tokenizer import load_tokenizer
-    from deepseek_jax.models.counts import abstract_variables
-    from deepseek_jax.parallel.rules import unbox
-    from deepseek_jax.serialize import from_dict
-
-    run_dir = storage.path(run_dir)
-    manifest = run_dir / "manifest.json"
-    if not manifest.exists():
-        raise ValueError(f"{run_dir} is no run folder: it has no manifest.json; give the --run-dir of a training run")
-    config = from_dict(ModelConfig, json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"])
-    with Store(run_dir / "checkpoints", read_only=True) as store:
-        step = store.latest_good() if step is None else step
-        if step is None:
-            raise ValueError(f"{run_dir} has no checkpoint yet: let the run reach its first one")
-        variables, _ = store.restore_params(unbox(abstract_variables(config)), step)
-    return LoadedRun(DeepSeek(config), variables, load_tokenizer(run_dir / "tokenizer.json"), step)
-
-
-def continue_text(run: LoadedRun, prompts: Sequence[str], **options: Any) -> list[str]:
+def continue_text(loaded: Loaded, prompts: Sequence[str], **options: Any) -> list[str]:
     """Continuations of texts, as text; options as in `generate`."""
-    tokenizer = run.tokenizer
+    tokenizer = loaded.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
     results = generate(
-        run.model, run.variables, ids, stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size, **options
-    )
-    return [tokenizer.decode(result.tokens, skip_special=True) for result in results]
+        loaded.model, loaded.variables, ids, stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer, **options,
+    )  # fmt: skip
+    return [result.text for result in results]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deepseek_jax.infer.engine import Generation
+from deepseek_jax.infer.requests import Generation
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.types import Array
 

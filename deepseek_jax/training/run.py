@@ -76,13 +76,14 @@ def draw_samples(
     """Continuations of `config.sample_prompts` by the model as it stands; kept in samples.jsonl."""
     if not config.sample_prompts:
         return []
-    from deepseek_jax.infer.generate import LoadedRun, continue_text
+    from deepseek_jax.infer.generate import continue_text
+    from deepseek_jax.infer.load import Loaded
     from deepseek_jax.models.transformer import DeepSeek
 
     variables = {"params": state.params, **({"router": state.router} if state.router else {})}
     if len(jax.devices()) > 1:  # a few prompts cannot be split over a mesh
         variables = jax.device_put(variables, jax.local_devices()[0])
-    run = LoadedRun(DeepSeek(config.model), variables, tokenizer, step)
+    run = Loaded(DeepSeek(config.model), variables, tokenizer)
     texts = continue_text(
         run, config.sample_prompts, max_new_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed
     )
