@@ -254,7 +254,9 @@ def test_generate_passes_its_options(monkeypatch, capsys):
 
 
 def test_generate_refuses_what_is_no_model(tmp_path, capsys):
-    assert "has neither manifest.json (a run) nor config.json" in refused(capsys, "generate", str(tmp_path), "--prompt", "def")
+    assert "has neither manifest.json (a run) nor config.json" in refused(
+        capsys, "generate", str(tmp_path), "--prompt", "def"
+    )
 
 
 def test_models_prints_a_row_a_member(monkeypatch, capsys):

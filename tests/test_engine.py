@@ -37,7 +37,9 @@ def test_greedy_equals_the_plain_sampler(kind):
     stop = expected[1].tokens[7]  # ends that one, and perhaps others
     expected = generate_reference(model, variables, prompts, max_new_tokens=20, stop_ids=(stop,))
     engine = Engine(model, variables, slots=3, places=64, chunk=16, decode_steps=4)
-    results = engine.generate([Request(prompt=prompt, sampling=Sampling(max_new_tokens=20, stop_ids=(stop,))) for prompt in prompts])
+    results = engine.generate(
+        [Request(prompt=prompt, sampling=Sampling(max_new_tokens=20, stop_ids=(stop,))) for prompt in prompts]
+    )
     assert min(len(result.tokens) for result in results) < 20
     for ours, theirs in zip(results, expected, strict=True):
         assert ours.tokens == theirs.tokens
@@ -54,9 +56,7 @@ def test_a_request_does_not_depend_on_its_neighbours():
     requests = [
         Request(
             prompt=prompt,
-            sampling=Sampling(
-                max_new_tokens=12, temperature=0.9, top_p=0.9, top_k=50, seed=i, repetition_penalty=1.1
-            ),
+            sampling=Sampling(max_new_tokens=12, temperature=0.9, top_p=0.9, top_k=50, seed=i, repetition_penalty=1.1),
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -76,9 +76,7 @@ def test_sampling_settings_by_hand():
         rows = jnp.repeat(logits, 2000, axis=0)
         given = settings([Sampling(seed=seed, **fields) for seed in range(2000)], ~jnp.repeat(nothing, 2000, axis=0))
         draws = Sampling(**fields).draws
-        tokens, raw, sampled = sample(
-            rows, given, jnp.repeat(nothing, 2000, axis=0), jnp.zeros(2000, jnp.int32), draws
-        )
+        tokens, raw, sampled = sample(rows, given, jnp.repeat(nothing, 2000, axis=0), jnp.zeros(2000, jnp.int32), draws)
         np.testing.assert_allclose(np.exp(raw), np.array([0.4, 0.3, 0.2, 0.1])[np.asarray(tokens)], rtol=1e-5)
         return np.bincount(tokens, minlength=4) / 2000, dict(
             zip(np.asarray(tokens).tolist(), np.exp(sampled).tolist(), strict=True)

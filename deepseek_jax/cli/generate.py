@@ -18,7 +18,9 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="share of probability sampled from")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation, which leaves it out")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a continuation, which leaves it out"
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt")
     parser.add_argument(
         "--speculate", action="store_true", help="decode with the multi-token module: the same text in fewer steps"

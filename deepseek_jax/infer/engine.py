@@ -90,7 +90,9 @@ class Engine:
                 f"places = {places}: {config.name} has max_position_embeddings = {config.max_position_embeddings}"
             )
         if speculate and not config.num_nextn_predict_layers:
-            raise ValueError(f"speculate = True: {config.name} has no multi-token module (num_nextn_predict_layers = 0)")
+            raise ValueError(
+                f"speculate = True: {config.name} has no multi-token module (num_nextn_predict_layers = 0)"
+            )
         if record_experts and not config.num_moe_layers:
             raise ValueError(f"record_experts = True: {config.name} has no experts")
         if slots % degree("batch"):
@@ -222,7 +224,7 @@ class Engine:
             hidden, cache, experts = programs.prefill(
                 self.model, self.places, self.speculate, self.weights, tokens, positions, cache, following
             )
-            hidden = hidden[len(part) - 1]
+            hidden = hidden[:, len(part) - 1]
             if self.record_experts:
                 job.experts.append(experts[: len(part)])
         assert cache is not None and hidden is not None
@@ -250,10 +252,11 @@ class Engine:
         generation.tokens.append(int(token))
         generation.logprobs.append(float(logprob))
         generation.sampled_logprobs.append(float(sampled_logprob))
-        if running.stream is not None:
+        stopped = int(token) in sampling.stop_ids
+        if running.stream is not None and not stopped:
             running.stream.push([int(token)])
-            generation.text = running.stream.text
-        if generation.tokens[-1] in sampling.stop_ids or (running.stream is not None and running.stream.stopped):
+            generation.text, stopped = running.stream.text, running.stream.stopped
+        if stopped:
             self._end(slot, "stop")
         elif len(generation.tokens) >= sampling.max_new_tokens:
             self._end(slot, "length")

@@ -33,7 +33,9 @@ def open_model(path: str | PathLike[str], dtype: str | None = None) -> Loaded:
     folder = storage.path(path)
     if (folder / "manifest.json").exists():
         if dtype is not None:
-            raise ValueError(f"dtype = {dtype!r}: {folder} is a run, which computes in the dtypes that it was trained in")
+            raise ValueError(
+                f"dtype = {dtype!r}: {folder} is a run, which computes in the dtypes that it was trained in"
+            )
         return load_run(path)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has neither manifest.json (a run) nor config.json (a published checkpoint)")
@@ -41,7 +43,9 @@ def open_model(path: str | PathLike[str], dtype: str | None = None) -> Loaded:
     from deepseek_jax.interop.load import load_hf
 
     if not (folder / "tokenizer.json").exists():
-        raise ValueError(f"{folder} has no tokenizer.json: put the model's tokenizer.json and tokenizer_config.json there")
+        raise ValueError(
+            f"{folder} has no tokenizer.json: put the model's tokenizer.json and tokenizer_config.json there"
+        )
     tokenizer = load_tokenizer(folder)
     template = _template(folder, tokenizer)
     wanted: Any = dtype or ("float32" if platform.target() == "cpu" else "bfloat16")

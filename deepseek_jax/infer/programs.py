@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ class Prefilled:
     cache: Cache
     """Of B rows that are alike; the first counts."""
     hidden: Array
-    """[D] of its last token."""
+    """[B, D] of its last token."""
 
 
 @struct.dataclass
@@ -71,7 +70,7 @@ def prefill(
     model: DeepSeek, places: int, speculate: bool, weights: LayerWeights, tokens: Array, positions: Array,
     cache: Cache | None, following: Array,
 ) -> tuple[Array, Cache, Array | None]:  # fmt: skip
-    """A chunk of one prompt, in rows that are alike: hidden states [T, D], cache, experts int16 [T, L, X].
+    """A chunk of one prompt, in rows that are alike: hidden states [B, T, D], cache, experts int16 [T, L, X].
 
     Args:
         model: the model.
@@ -94,7 +93,7 @@ def prefill(
         )
     if experts is not None:
         experts = experts[:, 0].swapaxes(0, 1).astype(jnp.int16)
-    return hidden[0], cache, experts
+    return hidden, cache, experts
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -116,19 +115,14 @@ def enter(
         given: of this row.
     """
     weights = weights.turned_back()
-    hidden = prefilled.hidden[None, None]
-    token, raw, drawn = sample(head(model, weights, hidden)[:, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
+    hidden = prefilled.hidden[:, None]
+    token, raw, drawn = sample(head(model, weights, hidden)[:1, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
     seen = seen.at[0, token[0]].set(True)
     cache, proposal = prefilled.cache, None
     if state.draft is not None:
-        rows = jax.tree.leaves(cache)[0].shape[0]  # alike, see `Prefilled`
-
-        def alike(x: Array) -> Array:
-            return jnp.broadcast_to(x, (rows, *x.shape[1:]))
-
-        positions = jnp.broadcast_to(place - 1, (rows, 1)).astype(jnp.int32)
-        out, cache = draft(model, weights, alike(hidden), alike(token[:, None]), positions, cache)
-        proposal, _, _ = sample(head(model, weights, out[:1])[:, 0], given, seen, jnp.ones(1, jnp.int32), draws)
+        following, position = (jnp.full(hidden.shape[:2], x, jnp.int32) for x in (token[0], place - 1))
+        out, cache = draft(model, weights, hidden, following, position, cache)
+        proposal, _, _ = sample(head(model, weights, out)[:1, 0], given, seen, jnp.ones(1, jnp.int32), draws)
 
     def put(all_rows: Array, row: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(all_rows, row[:1].astype(all_rows.dtype), slot, axis=0)
@@ -174,9 +168,7 @@ def decode(
     return lax.scan(step, replace(state, place=jnp.where(resting, places, state.place)), None, length=steps)
 
 
-def _plain(
-    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, places: int
-) -> tuple[Slots, Decoded]:
+def _plain(model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, places: int) -> tuple[Slots, Decoded]:
     rows = jnp.arange(state.token.shape[0])
     hidden, cache, experts = extend(model, weights, state.token[:, None], state.place[:, None], state.cache)
     token, raw, drawn = sample(head(model, weights, hidden)[:, 0], state.given, state.seen, state.step, draws)

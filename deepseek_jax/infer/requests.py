@@ -22,8 +22,8 @@ class Generation:
     sampled_logprobs: list[float] = field(default_factory=list)
     """Under the distribution that it was drawn from; 0 at temperature 0."""
     text: str = ""
-    """The new tokens as text, whole characters only, without special tokens and without what `Sampling.stop` ends it
-    with; empty where the engine has no tokenizer."""
+    """The new tokens as text, whole characters only, without special tokens, the stop token and what `Sampling.stop` ends
+    it with; empty where the engine has no tokenizer."""
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
     """None while it grows."""
     drafts: int = 0
@@ -40,7 +40,7 @@ class Request:
     """A prompt, and how it is continued."""
 
     prompt: Sequence[int]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
     """Continuations wanted; they share one prefill, and the first is what one sample alone would be."""
     allowed: np.ndarray | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -50,7 +50,7 @@ class Sampling:
         check(not isinstance(self.stop, str) and all(self.stop), "stop", "must be a tuple of texts, none of them empty")
 
     @property
-    def draws(self) -> "Draws":
+    def draws(self) -> Draws:
         """What the sampler has to be compiled for."""
         if self.temperature == 0:
             return "nothing"
@@ -103,7 +103,9 @@ def settings(rows: Sequence[Sampling], allowed_BW: Any, samples: Sequence[int] |
     )
 
 
-def sample(logits_BW: Array, given: Settings, seen_BW: Array, step_B: Array, draws: Draws) -> tuple[Array, Array, Array]:
+def sample(
+    logits_BW: Array, given: Settings, seen_BW: Array, step_B: Array, draws: Draws
+) -> tuple[Array, Array, Array]:
     """One token a row.
 
     Args:

@@ -1,0 +1,130 @@
+"""What a request can ask for: samples, stop texts, allowed tokens, experts, an end; and an engine on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import micro, random_variables
+
+import deepseek_jax as dsj
+from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.infer import programs
+from deepseek_jax.infer.engine import Engine, Request, Sampling
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """GPUs multiply float32 in TF32 unless told otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def v3():
+    config = micro("v3", num_hidden_layers=2, vocab_size=259)
+    return dsj.DeepSeek(config), random_variables(config)
+
+
+PROMPT = [5, 60, 7, 100]
+
+
+def test_samples_share_a_prefill(v3, monkeypatch):
+    """More samples than slots, one prefill; each is what its place in the row makes it, and the first what one alone is."""
+    prefills = []
+    prefill = programs.prefill
+    monkeypatch.setattr(programs, "prefill", lambda *arguments: prefills.append(1) or prefill(*arguments))
+    engine = Engine(*v3, slots=2, places=32)
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, seed=4)
+    five = engine.generate([Request(prompt=PROMPT, sampling=sampling, samples=5)])
+    assert len(prefills) == 1
+    [alone] = engine.generate([Request(prompt=PROMPT, sampling=sampling)])
+    assert five[0] == alone
+    assert len({tuple(result.tokens) for result in five}) == 5
+    three = engine.generate([Request(prompt=PROMPT, sampling=sampling, samples=3)])
+    assert three == five[:3]
+
+
+def test_stop_texts_end_a_text_before_them(v3):
+    tokenizer = byte_tokenizer()
+    engine = Engine(*v3, slots=1, places=64, tokenizer=tokenizer)
+    how = dict(max_new_tokens=24, temperature=1.0, seed=1)
+    [whole] = engine.generate([Request(prompt=PROMPT, sampling=Sampling(**how))])
+    assert whole.finish_reason == "length" and whole.text == tokenizer.decode(whole.tokens, skip_special=True)
+    stop = whole.text[7:9]
+    [stopped] = engine.generate([Request(prompt=PROMPT, sampling=Sampling(**how, stop=(stop,)))])
+    assert stopped.finish_reason == "stop" and stopped.text == whole.text[: whole.text.index(stop)]
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)] and len(stopped.tokens) < 24
+    with pytest.raises(ValueError, match="stop = .'x',. of prompt 0: texts need an engine with a tokenizer"):
+        Engine(*v3, slots=1, places=64).submit(Request(prompt=PROMPT, sampling=Sampling(max_new_tokens=4, stop=("x",))))
+
+
+def test_allowed_tokens(v3):
+    allowed = np.zeros(259, bool)
+    allowed[[3, 8]] = True
+    engine = Engine(*v3, slots=1, places=32)
+    [result] = engine.generate(
+        [Request(prompt=PROMPT, allowed=allowed, sampling=Sampling(max_new_tokens=10, temperature=3.0))]
+    )
+    assert set(result.tokens) == {3, 8}
+    for wrong, said in ((np.ones(4, bool), "must be 259 bools"), (~np.ones(259, bool), "allows no token")):
+        with pytest.raises(ValueError, match=f"allowed of prompt 0 {said}"):
+            engine.submit(Request(prompt=PROMPT, allowed=wrong, sampling=Sampling(max_new_tokens=4)))
+
+
+def test_a_cancelled_request_frees_its_slot(v3):
+    engine = Engine(*v3, slots=1, places=64, decode_steps=2)
+    long = Sampling(max_new_tokens=40)
+    [running] = engine.submit(Request(prompt=PROMPT, sampling=long))
+    [waiting] = engine.submit(Request(prompt=PROMPT[:2], sampling=long))
+    [last] = engine.submit(Request(prompt=PROMPT[:3], sampling=Sampling(max_new_tokens=3)))
+    engine.step()
+    assert len(running.tokens) == 3 and not waiting.tokens and engine.waiting == 2
+    engine.cancel(waiting)
+    engine.cancel(running)
+    while engine.busy:
+        engine.step()
+    assert [g.finish_reason for g in (running, waiting, last)] == ["cancelled", "cancelled", "length"]
+    assert len(running.tokens) == 3 and not waiting.tokens and len(last.tokens) == 3
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_experts_are_those_of_the_forward_pass(v3, speculate):
+    """Of every token that was run: as many of each expert as the router of the whole sequence counts."""
+    model, variables = v3
+    engine = Engine(model, variables, slots=2, places=64, chunk=8, record_experts=True, speculate=speculate)
+    requests = [Request(prompt=PROMPT * n, sampling=Sampling(max_new_tokens=9, temperature=1.0)) for n in (1, 3, 2)]
+    for request, result in zip(requests, engine.generate(requests), strict=True):
+        tokens = jnp.array([[*request.prompt, *result.tokens[:-1]]])
+        load = model.apply(variables, tokens).router["moe_layers"].load
+        assert result.experts.shape == (
+            tokens.shape[1],
+            model.config.num_moe_layers,
+            model.config.ffn.num_experts_per_tok,
+        )
+        counted = np.stack(
+            [np.bincount(column.ravel(), minlength=load.shape[1]) for column in result.experts.swapaxes(0, 1)]
+        )
+        np.testing.assert_array_equal(counted, load)
+    with pytest.raises(ValueError, match="record_experts = True: .* has no experts"):
+        Engine(dsj.DeepSeek(micro("llm")), None, places=64, record_experts=True)
+
+
+@pytest.mark.parametrize(
+    "kind, mesh", [("v3", dict(data=2, expert=2, tensor=2)), ("llm-gqa", dict(data=2, fsdp=2, tensor=2))]
+)
+def test_the_same_tokens_on_a_mesh(kind, mesh):
+    if jax.default_backend() != "cpu":
+        pytest.skip("needs eight devices: the CPU's virtual ones")
+    config = micro(kind, num_hidden_layers=2)
+    model, variables = dsj.DeepSeek(config), random_variables(config)
+    prompts = [[5, 60, 7, 100], [9], list(range(20))]
+    options = dict(max_new_tokens=10, temperature=0.7, seed=2, stop_ids=(), speculate=kind == "v3")
+    expected = dsj.generate(model, variables, prompts, **options)
+    with use_mesh(make_mesh(MeshConfig(**mesh))) as devices:
+        from deepseek_jax.models.counts import abstract_variables
+        from deepseek_jax.parallel.rules import tree_shardings
+
+        sharded = jax.device_put(variables, tree_shardings(devices, abstract_variables(config)))
+        results = dsj.generate(model, sharded, prompts, **options)
+    assert [r.tokens for r in results] == [e.tokens for e in expected]
