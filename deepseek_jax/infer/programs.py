@@ -204,5 +204,7 @@ def _speculative(
         state, cache=cache, token=jnp.where(accepted, second, first), place=state.place + count,
         step=state.step + count, seen=seen, draft=proposal,
     )  # fmt: skip
-    both = (jnp.stack(pair, axis=1) for pair in zip((first, *of_first), (second, *of_second), strict=True))
-    return state, Decoded(*both, count, experts)
+    tokens, raw, drawn = (
+        jnp.stack(pair, axis=1) for pair in zip((first, *of_first), (second, *of_second), strict=True)
+    )
+    return state, Decoded(tokens, raw, drawn, count, experts)

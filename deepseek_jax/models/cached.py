@@ -163,7 +163,7 @@ def extend(
     x_BTD, context = model.apply(weights.ends, tokens, positions, fresh, method="begin")
     new, experts = list(cache), []
     for i, variables in enumerate(weights.layers):
-        block = Block(c, moe=i >= c.num_dense_layers)
+        block: Any = Block(c, moe=i >= c.num_dense_layers)  # linen types `apply` as what `mutable` would give
         x_BTD, (stats, new[i]) = block.apply(variables, x_BTD, context, cache[i])
         if stats is not None:
             experts.append(stats.experts)
@@ -191,7 +191,7 @@ def draft(
     """
     c = model.config
     embedded_BTD, context = model.apply(weights.ends, following, positions, fresh, method="begin")
-    module = MTPModule(c)
+    module: Any = MTPModule(c)
     out, (_, _, kept) = module.apply(weights.mtp[0], hidden, embedded_BTD, context.valid, context, cache[-1])
     return out, (*cache[:-1], kept)
 
