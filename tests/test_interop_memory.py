@@ -1,14 +1,14 @@
-"""Loading takes no second copy of a leaf. The several-GB run is a study: set DEEPSEEK_JAX_STUDY=1 to have it."""
+"""Loading takes no second copy of a leaf: by the allocator's word, and by the system's at 1 GB (DEEPSEEK_JAX_STUDY=1: 4)."""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 
 import jax
-import pytest
 
 from deepseek_jax.interop.load import load_hf
 
@@ -29,14 +29,20 @@ def test_host_memory_beside_the_arrays_is_small(tmp_path, monkeypatch):
     assert peak - sum(sizes) < 0.5 * max(sizes)
 
 
-@pytest.mark.skipif("DEEPSEEK_JAX_STUDY" not in os.environ, reason="a study of minutes: set DEEPSEEK_JAX_STUDY=1")
-def test_several_gigabytes_stay_under_the_bound():
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/load_hf.py", "--gigabytes", "4"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+def test_a_gigabyte_stays_under_the_bound():
+    """Peak of the process itself, which counts what tracemalloc does not see: maps of the files, and XLA's memory."""
+    gigabytes = 4 if "DEEPSEEK_JAX_STUDY" in os.environ else 1
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    with tempfile.TemporaryDirectory() as folder:  # deleted at once, where pytest keeps the last three of its own
+        done = subprocess.run(
+            [
+                sys.executable, ROOT / "benchmarks/load_hf.py", "--gigabytes", str(gigabytes), "--folder", folder,
+                "--no-plain", "--caches", "as-is", "--rounds", "1",
+            ],
+            env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    measured = [result for result in results if result["what"] != "plain"]
-    assert len(measured) == 4
-    for result in measured:
-        assert result["gb"] > 3.5 and result["extra_gib"] < result["bound_gib"], result
+    assert [result["what"] for result in results] == ["float8", "bfloat16"]
+    for result in results:
+        # Half a GiB is far below what is promised, 2 × the largest leaf + 1 GiB, which a small file could not fail.
+        assert result["gb"] > 0.9 * gigabytes and result["extra_gib"] < min(0.5, result["bound_gib"]), result
