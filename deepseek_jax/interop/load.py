@@ -216,7 +216,8 @@ def _require_copies(loader: _Loader, config: ModelConfig) -> None:
     tensors = loader.checkpoint.tensors
 
     def same(ours: TensorInfo, theirs: TensorInfo, index: np.ndarray) -> bool:
-        return np.array_equal(*(read_rows(loader.parts, info, index).view(np.uint8) for info in (ours, theirs)))
+        a, b = (read_rows(loader.parts, info, index).view(np.uint8) for info in (ours, theirs))
+        return np.array_equal(a, b)
 
     for name, original in copies(config).items():
         if name not in tensors or original not in tensors:
