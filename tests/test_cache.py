@@ -11,6 +11,7 @@ from helpers import micro, random_tokens, random_variables
 import deepseek_jax as dsj
 from deepseek_jax.layers.experts import few_tokens_experts, routed_experts
 from deepseek_jax.models.cached import extend, init_cache, unstack
+from deepseek_jax.platform import compile_for
 
 KINDS = ("llm-gqa", "v2-lite", "v3")  # GQA and MLA, with and without a query latent, both gates
 PLACES = 29  # no dim of the models
@@ -76,13 +77,36 @@ def test_absorbed_decoding_reads_the_latent_alone():
     assert f"1,{PLACES},{heads}," not in text and f"1,{heads},1,{PLACES}" in text.replace("1,1,", "1,")
 
 
-@pytest.mark.parametrize("tokens, experts, route", [(1, 16, "chosen"), (3, 8, "all"), (40, 8, "all"), (40, 64, None)])
-def test_experts_of_few_tokens_equal_the_sorted_form(tokens, experts, route):
+@pytest.mark.parametrize(
+    "platform, tokens, experts, served",
+    [
+        ("gpu", 1, 16, True), ("gpu", 3, 8, True), ("gpu", 6, 16, True), ("gpu", 40, 8, True), ("gpu", 40, 64, False),
+        ("cpu", 1, 16, True), ("cpu", 16, 8, True), ("cpu", 17, 8, False),
+    ],
+)  # fmt: skip
+def test_experts_of_few_tokens_equal_the_sorted_form(platform, tokens, experts, served):
+    """The chosen ones as sums or products, or all of them; by the rules of each platform, on whatever runs the tests."""
     draw = np.random.default_rng(0)
     indices = jnp.asarray(np.stack([draw.permutation(experts)[:2] for _ in range(tokens)]))
     shapes = ((tokens, 12), (tokens, 2), (experts, 12, 6), (experts, 12, 6), (experts, 6, 12))
     x, weights, *matrices = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
-    ours = few_tokens_experts(x, indices, weights, *matrices)
-    assert (ours is None) == (route is None)
+    with compile_for(platform):
+        ours = few_tokens_experts(x, indices, weights, *matrices)
+    assert (ours is not None) == served
     if ours is not None:
         np.testing.assert_allclose(ours, routed_experts(x, indices, weights, *matrices), rtol=1e-4, atol=1e-5)
+
+
+def test_turned_matrices_give_the_same(monkeypatch):
+    """What an engine of a few slots holds on a GPU: every matrix turned, small ones and experts."""
+    config = micro("v3", num_hidden_layers=2)
+    model, variables = dsj.DeepSeek(config), random_variables(config)
+    tokens, places = random_tokens(config, (2, 7)), jnp.broadcast_to(jnp.arange(7), (2, 7))
+    states = []
+    for few_rows in (False, True):
+        weights = unstack(model, variables, few_rows=few_rows)
+        shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(weights)}
+        states.append((extend(model, weights.turned_back(), tokens, places, init_cache(config, 2, 9))[0], shapes))
+    np.testing.assert_allclose(states[0][0], states[1][0], rtol=1e-5, atol=1e-5)
+    turned = {name for name, shape in states[0][1].items() if states[1][1][name] != shape}
+    assert len(turned) > 20 and not any("embedding" in name for name in turned)

@@ -66,6 +66,7 @@ def routed_experts(
 FEW_ROWS = 4
 """Tokens of a step up to which a GPU likes matrices with the summed dim last."""
 _FEW = 64  # tokens; more of them keep a grouped product busy
+_FEW_ON_CPU = 16  # there copying the chosen matrices beats sorting up to so many, and all experts never pay
 _DENSE = 4  # where an expert in so many is chosen by a token, a few tokens choose nearly all
 
 
@@ -75,17 +76,19 @@ def few_tokens_experts(
     """As `routed_experts`, for the few tokens of a decoding step, where reading the weights is all the time it takes.
 
     Fewer pairs than experts: the chosen matrices alone are read. Otherwise, with few experts: every expert serves every
-    token, and the gate's zeros leave out what was not chosen. None where neither is cheaper than the sorted form.
+    token, and the gate's zeros leave out what was not chosen. None where neither is cheaper than the sorted form. Which is
+    cheaper was measured on an H100 and on a CPU.
     """
     (M, X), E = indices_MX.shape, w_gate_EDF.shape[0]
     wide = weights_MX.dtype
-    if M * X < E and M <= _FEW // 8:
-        times = _chosen_on_gpu if platform.target() == "gpu" and M <= FEW_ROWS else _chosen
+    target = platform.target()
+    if (M <= _FEW_ON_CPU) if target == "cpu" else (M * X < E and M <= _FEW // 8):
+        times = _chosen_on_gpu if target == "gpu" and M <= FEW_ROWS else _chosen
         inputs_MXD = jnp.broadcast_to(x_MD[:, None], (M, X, x_MD.shape[1]))
         gate, up = (times(inputs_MXD, w, indices_MX).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
         out_MXD = times(jax.nn.silu(gate) * up, w_down_EFD, indices_MX)
         return jnp.einsum("mxd,mx->md", out_MXD.astype(wide), weights_MX).astype(x_MD.dtype)
-    if M <= _FEW and E <= _DENSE * X:
+    if target != "cpu" and M <= _FEW and E <= _DENSE * X:
         gates_ME = jnp.zeros((M, E), wide).at[jnp.arange(M)[:, None], indices_MX].set(weights_MX)
         gate = jnp.einsum("md,edf->emf", x_MD, w_gate_EDF)
         up = jnp.einsum("md,edf->emf", x_MD, w_up_EDF)
