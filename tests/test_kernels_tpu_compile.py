@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 TOPOLOGIES = {"v5p:2x2x1": "v5p-8", "v5e:2x2": "v5litepod-4"}
+ENGINE = "v5e:2x2"  # where the engine's programs are compiled too; they take as long as all else
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
@@ -36,12 +37,17 @@ def test_routes_compile_for_an_absent_tpu(topology):
     )
     assert child.returncode == 0, child.stderr[-4000:]
     rows = {row["case"]: row for row in map(json.loads, child.stdout.splitlines())}
-    assert set(rows) == {"MLA", "GQA", "MLA, long", "nano", "experts"}
+    engine = {"prefill", "decode"} if topology == ENGINE else set()
+    assert set(rows) == {"MLA", "GQA", "MLA, long", "nano", "experts"} | engine
     # No [T, S] scores: the whole of them would take 4·B·N·T·S bytes, several of them in the backward pass.
     assert rows["MLA"]["temporary_bytes"] < rows["MLA"]["score_bytes"]
     # Forward and both gradients cost one product each; a dense expansion would cost E = 16 times as much.
     assert 1.0 <= rows["experts"]["flops"] / rows["experts"]["ideal_flops"] < 1.1
     assert rows["experts"]["kernels"] >= 3
+    if engine:
+        assert rows["prefill"]["kernels"] >= 3  # attention of each layer, and of the module
+        # Beside weights and caches there is room for neither again.
+        assert rows["decode"]["temporary_bytes"] < rows["decode"]["weight_bytes"] / 2
 
 
 def main(topology: str) -> None:
@@ -97,6 +103,57 @@ def main(topology: str) -> None:
         return grouped_matmul(x, w, jnp.full(E, M // E, jnp.int32), implementation="ragged_dot")
 
     report("experts", compiled(experts, (M, K), (E, K, N), (M, N)), ideal_flops=3 * 2 * M * K * N)
+
+    if topology == ENGINE:
+        engine_programs(sharding, report)
+
+
+def engine_programs(sharding, report) -> None:
+    """The engine's programs for a smaller V3: MLA 192/128, two layers and the multi-token module."""
+    from dataclasses import replace
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import deepseek_jax as dsj
+    from deepseek_jax.infer import programs
+    from deepseek_jax.infer.sampling import Sampling, settings
+    from deepseek_jax.models.cached import init_cache, unstack
+    from deepseek_jax.platform import compile_for
+
+    v3 = dsj.get_config("deepseek-v3")
+    ffn = replace(
+        v3.ffn, intermediate_size=2048, moe_intermediate_size=512, n_routed_experts=16, first_k_dense_replace=1
+    )
+    attention = replace(v3.attention, num_attention_heads=8, q_lora_rank=512)
+    sizes = dict(hidden_size=1024, num_hidden_layers=2, vocab_size=8192, param_dtype="bfloat16")
+    model = dsj.DeepSeek(replace(v3, ffn=ffn, attention=attention, **sizes))
+    B, W, places = 8, 8192, 2048
+
+    def on_device(function):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(function)
+        )
+
+    weights = on_device(lambda: unstack(model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))))
+    state = on_device(
+        lambda: programs.Slots(
+            cache=init_cache(model.config, B, places, mtp=True), token=jnp.zeros(B, jnp.int32),
+            place=jnp.zeros(B, jnp.int32), step=jnp.zeros(B, jnp.int32), seen=jnp.zeros((B, W), bool),
+            given=jax.tree.map(jnp.asarray, settings([Sampling()] * B, np.ones((B, W), bool))),
+            draft=jnp.zeros(B, jnp.int32),
+        )
+    )  # fmt: skip
+    ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=sharding)
+    resting = jax.ShapeDtypeStruct((B,), bool, sharding=sharding)
+    with compile_for("tpu"):
+        prefill = programs.prefill.lower(model, places, True, weights, ids, ids, None, ids).compile()
+        decode = programs.decode.lower(model, 4, "whole", True, weights, state, resting).compile()
+    report("prefill", prefill)
+    report(
+        "decode", decode, weight_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((weights, state.cache)))
+    )
 
 
 if __name__ == "__main__":

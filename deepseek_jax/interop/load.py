@@ -32,7 +32,7 @@ from deepseek_jax.interop.rows import Row, scale_name, scale_rows
 from deepseek_jax.layers.rope import inverse_frequencies
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import Weight, tree_shardings, unbox
+from deepseek_jax.parallel.rules import Weight, tree_shardings
 
 _STRIP_BYTES = 4 * 2**20  # of a tensor handled at once
 _CLOUD_THREADS = 16  # requests under way at once
@@ -80,8 +80,7 @@ def load_hf(
         raise ValueError(f"dtype = 'float8': {checkpoint.folder} is not in FP8; load it in 'bfloat16'")
     rows = table(config)
     require_whole(check(checkpoint, stated, rows, block, mtp=mtp), checkpoint, stated)
-    abstract, shardings = _targets(config, mesh)
-    assert {row.leaf for row in rows} == set(abstract)
+    shardings = _shardings(config, mesh)
     if keep:
         quantised = [row for row in rows if checkpoint.tensors[next(row.names())[1]].dtype == FLOAT8]
         rows = rows + scale_rows(quantised, block or fp8.BLOCK)
@@ -100,7 +99,8 @@ def load_hf(
         if isinstance(config.attention, GQA):
             _require_angles(loader, config)
         for row in rows:
-            kind = loader.kept_dtype(row) if keep else np.dtype(abstract[row.leaf].dtype)
+            wide = row.leaf.startswith("router/")
+            kind = loader.kept_dtype(row) if keep else np.dtype("float32" if wide else config.param_dtype)
             array = loader.leaf(row, kind, shardings.get(row.leaf, _everywhere(mesh)))
             node = variables
             *parents, last = row.leaf.split("/")
@@ -193,13 +193,9 @@ def _strip_rows(info: TensorInfo) -> int:
     return max(128, _STRIP_BYTES * info.shape[0] // max(info.nbytes, 1) // 128 * 128)
 
 
-def _targets(config: ModelConfig, mesh: Mesh | None) -> tuple[dict[str, Any], dict[str, Sharding]]:
-    """Leaf path -> abstract array, and -> sharding."""
-    boxed = abstract_variables(config)
-    plain = _named(unbox(boxed))
-    if mesh is None:
-        return plain, {}
-    return plain, _named(tree_shardings(mesh, boxed))
+def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
+    """Leaf path -> sharding; empty without a mesh."""
+    return {} if mesh is None else _named(tree_shardings(mesh, abstract_variables(config)))
 
 
 def _named(tree: Any) -> dict[str, Any]:

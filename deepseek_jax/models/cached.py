@@ -95,10 +95,10 @@ def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count
     if count is None and order is None and leaf.dtype == dtype:
         return leaf
     where: Any = None
-    if isinstance(leaf.sharding, NamedSharding):
+    sharding = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    if isinstance(sharding, NamedSharding):
         assert order is None  # a mesh has more than a few rows
-        spec = leaf.sharding.spec if count is None else leaf.sharding.spec[1:]
-        where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
+        where = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec if count is None else sharding.spec[1:])))
 
     def one(x: Array) -> Array:
         return (x if order is None else x.transpose(order)).astype(dtype)
