@@ -1,0 +1,1 @@
+"""Post-training: what a base model learns from rewards, preferences and teachers."""
