@@ -78,19 +78,34 @@ def drop_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def settle(n_bytes: int) -> None:
-    """Touches so much memory and gives it back: a virtual machine gets what it has not used lately from its host, six
-    times slower than memory is, and that would be all that is measured."""
-    touched = np.empty(n_bytes, np.uint8)
+def prepare(folder: Path, cache: str) -> None:
+    """Brings the system's cache and memory into a known state, just before the clock starts.
+
+    A virtual machine gives memory that is free for some seconds back to its host, and gets it again several times slower
+    than memory is. So as much as will be needed is touched and let go of first, or that would be all that is measured.
+    """
+    if cache == "as-is":
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    drop_cache(folder)
+    if cache == "warm":
+        for file in files:
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
+    touched = np.empty(5 * sum(file.stat().st_size for file in files) // 2, np.uint8)
     touched[::4096] = 1
+    del touched
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
 
 
-def plain(folder: Path, keep: bool) -> dict[str, Any]:
+def plain(folder: Path, cache: str, keep: bool) -> dict[str, Any]:
     """Every tensor, copied out of the file's map, one after the other."""
     import torch
     from safetensors import safe_open
 
     torch.set_num_threads(1)
+    prepare(folder, cache)
     kept, start = [], time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -101,13 +116,14 @@ def plain(folder: Path, keep: bool) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start}
 
 
-def load(folder: Path, dtype: str) -> dict[str, Any]:
+def load(folder: Path, cache: str, dtype: str) -> dict[str, Any]:
     """`load_hf`, with the memory it took."""
     import jax
 
     from deepseek_jax.interop.load import load_hf
 
     jax.block_until_ready(jax.numpy.zeros(8) + 1)
+    prepare(folder, cache)
     before, start = memory("VmRSS"), time.perf_counter()
     _, variables = load_hf(folder, dtype, progress=False)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
@@ -128,19 +144,10 @@ def memory(field: str) -> int:
 
 def measure(folder: Path, what: str, cache: str) -> dict[str, Any]:
     """One reading in a process of its own."""
-    files = sorted(folder.glob("*.safetensors"))
-    if cache != "as-is":
-        settle(3 * sum(file.stat().st_size for file in files))
-        drop_cache(folder)
-    if cache == "warm":
-        for file in files:
-            with file.open("rb") as stream:
-                while stream.read(2**24):
-                    pass
-    command = [sys.executable, __file__, "--measure", what, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--measure", what, "--caches", cache, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    gigabytes = sum(file.stat().st_size for file in files) / 1e9
+    gigabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
     rate = {"what": what, "cache": cache, "gb": round(gigabytes, 2)}
     return rate | {"gb_per_s": round(gigabytes / result["seconds"], 3), "load": os.getloadavg()[0]} | result
 
@@ -169,8 +176,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         plainly = {"plain": True, "plain-dropped": False}
-        what, folder = options.measure, options.folder
-        print(json.dumps(plain(folder, plainly[what]) if what in plainly else load(folder, what)))
+        what, where = options.measure, (options.folder, options.caches)
+        print(json.dumps(plain(*where, plainly[what]) if what in plainly else load(*where, what)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "checkpoint"
