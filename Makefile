@@ -35,7 +35,7 @@ format: ## rewrite the sources in the project's style
 
 notebooks: ## run every notebook from top to bottom
 	$(install) "dev,$(EXTRAS)"
-	$(VENV)/bin/python -m pytest --nbmake --nbmake-timeout 600 -W default notebooks $(ARGS)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest --nbmake --nbmake-timeout 600 -W default notebooks $(ARGS)
 
 studies: ## run the experiments again: half an hour; their results are committed
 	$(install) "test,$(EXTRAS)"

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
         Rope,
         YarnScaling,
     )
+    from deepseek_jax.infer.engine import Engine
     from deepseek_jax.infer.generate import continue_text, generate
     from deepseek_jax.infer.load import load_run, open_model
+    from deepseek_jax.infer.requests import Generation, Request
+    from deepseek_jax.infer.sampling import Sampling
     from deepseek_jax.interop.inspect import inspect_hf
     from deepseek_jax.interop.load import load_hf
     from deepseek_jax.interop.save import save_hf
@@ -53,6 +56,10 @@ _HOME = {
     "inspect_hf": "interop.inspect",
     "RunConfig": "training",
     "generate": "infer.generate",
+    "Engine": "infer.engine",
+    "Request": "infer.requests",
+    "Generation": "infer.requests",
+    "Sampling": "infer.sampling",
     "load_run": "infer.load",
     "open_model": "infer.load",
     "continue_text": "infer.generate",
@@ -73,12 +80,16 @@ __all__ = [
     "Counts",
     "DeepSeek",
     "Dense",
+    "Engine",
+    "Generation",
     "LinearScaling",
     "Llama3Scaling",
     "MoE",
     "ModelConfig",
+    "Request",
     "Rope",
     "RunConfig",
+    "Sampling",
     "YarnScaling",
     "__version__",
     "certify",

@@ -60,12 +60,15 @@ def test_a_request_does_not_depend_on_its_neighbours():
         )
         for i, prompt in enumerate(prompts)
     ]
+    requests.append(
+        Request(prompt=[3], sampling=Sampling(max_new_tokens=12, temperature=0.05, seed=3))
+    )  # whole distribution
     together = engine.generate(requests)
     assert [engine.generate([request])[0] for request in requests] == together
     assert len({tuple(result.tokens) for result in together}) == len(requests)
-    # Chunks of 8 and 16, fresh and not; one program to enter a slot, one to decode.
+    # Chunks of 8 and 16, fresh and not; to enter a slot and to decode, one program for each kind of draw.
     assert programs.prefill._cache_size() <= 4
-    assert programs.decode._cache_size() == programs.enter._cache_size() == 1
+    assert programs.decode._cache_size() == programs.enter._cache_size() == 2
 
 
 def test_sampling_settings_by_hand():
@@ -88,6 +91,7 @@ def test_sampling_settings_by_hand():
         (dict(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
         (dict(temperature=1.0, top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
         (dict(temperature=1.0, min_p=0.45), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (dict(temperature=1.0, top_k=2, top_p=0.55), [1, 0, 0, 0]),  # 0.4 is 0.57 of what two leave
         (dict(temperature=0.0), [1, 0, 0, 0]),
     ):
         shares, probabilities = drawn(**fields)
@@ -95,6 +99,9 @@ def test_sampling_settings_by_hand():
         if fields["temperature"]:
             for token, probability in probabilities.items():
                 assert probability == pytest.approx(expected[token], rel=1e-4), fields
+    ties = settings([Sampling(temperature=1.0, top_k=2)] * 200, np.ones((200, 4), bool), range(200))
+    equal = sample(jnp.zeros((200, 4)), ties, jnp.zeros((200, 4), bool), jnp.zeros(200, jnp.int32), "truncated")[0]
+    assert set(np.asarray(equal).tolist()) == {0, 1}
     seen, start = jnp.array([[True, False, False, False]]), jnp.zeros(1, jnp.int32)
     given = settings([Sampling(repetition_penalty=2.0)], ~nothing)
     assert int(sample(logits + 2, given, seen, start, "nothing")[0][0]) == 1

@@ -45,6 +45,14 @@ def test_samples_share_a_prefill(v3, monkeypatch):
     assert three == five[:3]
 
 
+def test_prompts_of_one_seed_have_their_own_noise(v3):
+    """And the same prompt has the same: nothing depends on the order."""
+    model, variables = v3
+    variables = jax.tree.map(jnp.zeros_like, variables)  # every token is as likely, whatever the prompt
+    results = dsj.generate(model, variables, [[1], [2], [1]], max_new_tokens=8, temperature=1.0, stop_ids=())
+    assert results[0].tokens == results[2].tokens != results[1].tokens
+
+
 def test_stop_texts_end_a_text_before_them(v3):
     tokenizer = byte_tokenizer()
     engine = Engine(*v3, slots=1, places=64, tokenizer=tokenizer)
@@ -55,7 +63,7 @@ def test_stop_texts_end_a_text_before_them(v3):
     [stopped] = engine.generate([Request(prompt=PROMPT, sampling=Sampling(**how, stop=(stop,)))])
     assert stopped.finish_reason == "stop" and stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.tokens == whole.tokens[: len(stopped.tokens)] and len(stopped.tokens) < 24
-    with pytest.raises(ValueError, match="stop = .'x',. of prompt 0: texts need an engine with a tokenizer"):
+    with pytest.raises(ValueError, match="stop = .'x',. of the prompt: texts need an engine with a tokenizer"):
         Engine(*v3, slots=1, places=64).submit(Request(prompt=PROMPT, sampling=Sampling(max_new_tokens=4, stop=("x",))))
 
 
@@ -68,7 +76,7 @@ def test_allowed_tokens(v3):
     )
     assert set(result.tokens) == {3, 8}
     for wrong, said in ((np.ones(4, bool), "must be 259 bools"), (~np.ones(259, bool), "allows no token")):
-        with pytest.raises(ValueError, match=f"allowed of prompt 0 {said}"):
+        with pytest.raises(ValueError, match=f"allowed of the prompt {said}"):
             engine.submit(Request(prompt=PROMPT, allowed=wrong, sampling=Sampling(max_new_tokens=4)))
 
 
@@ -128,3 +136,96 @@ def test_the_same_tokens_on_a_mesh(kind, mesh):
         sharded = jax.device_put(variables, tree_shardings(devices, abstract_variables(config)))
         results = dsj.generate(model, sharded, prompts, **options)
     assert [r.tokens for r in results] == [e.tokens for e in expected]
+
+
+def test_ends_at_the_first_token(v3):
+    """Nothing is decoded for them; a stop text of one token, a stop id, and one token at most."""
+    tokenizer = byte_tokenizer()
+    engine = Engine(*v3, slots=2, places=32, record_experts=True, tokenizer=tokenizer)
+    [letter] = tokenizer.encode("a")
+    only = np.arange(259) == letter
+    how = (dict(max_new_tokens=1), dict(max_new_tokens=9, stop_ids=(letter,)), dict(max_new_tokens=9, stop=("a",)))
+    results = engine.generate([Request(prompt=PROMPT, allowed=only, sampling=Sampling(**fields)) for fields in how])
+    assert [r.tokens for r in results] == [[letter]] * 3 and not engine.busy
+    assert [r.text for r in results] == ["a", "", ""]
+    assert [r.finish_reason for r in results] == ["length", "stop", "stop"]
+    assert {len(r.experts) for r in results} == {len(PROMPT)}
+
+
+def test_a_chunk_is_never_wider_than_the_model():
+    config = micro("llm-gqa", num_hidden_layers=2, max_position_embeddings=100)
+    model, variables = dsj.DeepSeek(config), random_variables(config)
+    prompt = np.arange(70)
+    [short] = dsj.generate(model, variables, [prompt], max_new_tokens=30, stop_ids=())
+    [again] = Engine(model, variables, places=100, chunk=16).generate(
+        [Request(prompt=prompt, sampling=Sampling(max_new_tokens=30))]
+    )
+    assert short.tokens == again.tokens and len(short.tokens) == 30
+
+
+def test_an_interrupted_step_cancels_everything(v3, monkeypatch):
+    engine = Engine(*v3, slots=1, places=64, decode_steps=4)
+    request = Request(prompt=PROMPT, sampling=Sampling(max_new_tokens=20))
+    [expected] = engine.generate([request])
+    [running], [waiting] = engine.submit(request), engine.submit(request)
+    engine.step()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(jax, "device_get", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        engine.step()
+    assert running.finish_reason == waiting.finish_reason == "cancelled" and not engine.busy
+    assert engine.generate([request]) == [expected]
+
+
+def test_the_engine_keeps_what_it_was_given(v3):
+    """The caller may change a prompt or a mask, and give its variables away."""
+    model, variables = v3
+    mine = jax.tree.map(jnp.array, variables)
+    engine = Engine(model, mine, slots=1, places=32)
+    jax.tree.map(lambda leaf: leaf.delete(), mine)
+    allowed, prompt = [i == 5 for i in range(259)], list(PROMPT)
+    [result] = engine.submit(Request(prompt=prompt, allowed=allowed, sampling=Sampling(max_new_tokens=2)))
+    allowed[5], allowed[9] = False, True
+    prompt += [1] * 60
+    while engine.busy:
+        engine.step()
+    assert result.tokens == [5, 5]
+
+
+def test_consumed_variables_are_gone(v3):
+    model, variables = v3
+    [expected] = dsj.generate(model, variables, [PROMPT], max_new_tokens=5)
+    mine = jax.tree.map(lambda leaf: np.asarray(leaf), variables)
+    mine = jax.tree.map(jnp.array, mine)
+    layers = mine["params"]["moe_layers"]["ffn"]["experts"]
+    layers["w_up"] = layers["w_gate"]  # one array in two places
+    Engine(model, mine, slots=1, places=32, consume=True)
+    assert layers["w_up"].is_deleted()
+    numpy_variables = jax.tree.map(np.asarray, variables)
+    assert dsj.generate(model, numpy_variables, [PROMPT], max_new_tokens=5) == [expected]
+
+
+def test_programs_with_experts_stay_few(v3):
+    engine = Engine(*v3, slots=1, places=64, chunk=16, record_experts=True)
+    programs.prefill.clear_cache()
+    engine.generate([Request(prompt=[1] * n, sampling=Sampling(max_new_tokens=2)) for n in range(1, 40, 3)])
+    assert programs.prefill._cache_size() <= 4
+
+
+def test_impossible_numbers_are_named(v3):
+    for fields, said in (
+        (dict(vocab_size=0), "vocab_size = 0: must be at least 1"),
+        (dict(vocab_size=-5), "vocab_size = -5: must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Engine(*v3, places=64, **fields)
+    for field, value in (
+        ("temperature", float("inf")),
+        ("temperature", 1e39),
+        ("top_k", 2**31),
+        ("max_new_tokens", 2.5),
+    ):
+        with pytest.raises(ValueError, match=f"Sampling.{field} = "):
+            Sampling(**{field: value})
+    assert Engine(*v3, places=64, tokenizer=byte_tokenizer()).vocab_size == 259
+    with pytest.raises(ValueError, match="samples = 0"):
+        dsj.generate(*v3, [PROMPT], max_new_tokens=2, samples=0)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +18,12 @@ import numpy as np
 from deepseek_jax import platform
 from deepseek_jax.infer import programs
 from deepseek_jax.infer.requests import Generation, Request, check
+from deepseek_jax.infer.running import Job, Running
 from deepseek_jax.infer.sampling import DRAWS, Sampling, settings
 from deepseek_jax.layers.experts import FEW_ROWS
 from deepseek_jax.models.cached import init_cache, unstack
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import degree
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request on its way into slots."""
-
-    request: Request
-    generations: list[Generation]
-    entered: int = 0
-    prefilled: programs.Prefilled | None = None
-    experts: list[Any] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Running:
-    """A generation in a slot."""
-
-    job: _Job
-    generation: Generation
-    stream: Any
-    experts: list[np.ndarray] = field(default_factory=list)
 
 
 class Engine:
@@ -70,9 +49,10 @@ class Engine:
                 in the compute dtype.
             slots: requests that are decoded together.
             places: tokens of prompt and continuation that a slot holds.
-            chunk: most tokens of a prompt that are run at once.
+            chunk: most tokens of a prompt that are run at once; rounded up to a power of two, at least 8, at most `places`.
             decode_steps: steps of all slots before the host looks at their tokens.
-            vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows.
+            vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows; by default
+                the tokenizer's, where one is given.
             tokenizer: gives `Generation.text`, and knows `Sampling.stop` by it.
             speculate: decode with the model's first multi-token module: the same tokens in fewer steps.
             record_experts: fill `Generation.experts`.
@@ -82,7 +62,9 @@ class Engine:
             ValueError: a number below 1, more places than the model has positions, or a model that cannot do what is asked.
         """
         config = model.config
-        for name, value in (("slots", slots), ("places", places), ("chunk", chunk), ("decode_steps", decode_steps)):
+        choosable: int = vocab_size if vocab_size is not None else getattr(tokenizer, "vocab_size", config.vocab_size)
+        numbers = dict(slots=slots, places=places, chunk=chunk, decode_steps=decode_steps, vocab_size=choosable)
+        for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if places > config.max_position_embeddings:
@@ -99,16 +81,16 @@ class Engine:
             raise ValueError(f"slots = {slots}: the mesh splits a batch in {degree('batch')}; give a multiple of it")
         self.model, self.tokenizer = model, tokenizer
         self.slots, self.places, self.decode_steps = slots, places, decode_steps
-        self.chunk = min(_power_of_two(chunk), _power_of_two(places))
-        self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
+        self.chunk = min(_power_of_two(chunk), places)
+        self.vocab_size = min(choosable, config.vocab_size)
         self.speculate, self.record_experts = speculate, record_experts
         on_one_gpu = platform.target() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
         few_rows = on_one_gpu and slots * (1 + speculate) <= FEW_ROWS
         self.weights = None
         if variables is not None:
             self.weights = unstack(model, variables, few_rows=few_rows, consume=consume)
-        self._waiting: deque[_Job] = deque()
-        self._running: dict[int, _Running] = {}
+        self._waiting: deque[Job] = deque()
+        self._running: dict[int, Running] = {}
         self._state: programs.Slots | None = None
 
     @property
@@ -128,9 +110,9 @@ class Engine:
             ValueError: as `submit`, naming the request; nothing has run then.
         """
         for i, request in enumerate(requests):
-            self._check(i, request)
+            self._check(request, f"prompt {i}")
         generations = [generation for request in requests for generation in self.submit(request)]
-        while self.busy:
+        while any(generation.finish_reason is None for generation in generations):
             self.step()
         return generations
 
@@ -141,10 +123,10 @@ class Engine:
             ValueError: an empty prompt, an id outside the vocabulary, one that does not fit a slot, or an impossible
                 wish.
         """
-        self._check(0, request)
-        generations = [Generation() for _ in range(request.samples)]
-        self._waiting.append(_Job(request, generations))
-        return generations
+        self._check(request, "the prompt")
+        job = Job(request, self.vocab_size, self.model.config.vocab_size)
+        self._waiting.append(job)
+        return list(job.generations)
 
     def cancel(self, generation: Generation) -> None:
         """Ends a generation, wherever it is; its slot is free at once."""
@@ -152,28 +134,46 @@ class Engine:
             generation.finish_reason = "cancelled"
         for slot, running in list(self._running.items()):
             if running.generation is generation:
-                self._end(slot, "cancelled")
+                self._running.pop(slot).end("cancelled")
         for job in list(self._waiting):
             if all(g.finish_reason == "cancelled" for g in job.generations[job.entered :]):
                 self._waiting.remove(job)
+                job.prefilled = None
 
     def step(self) -> None:
-        """Fills free slots from the queue, then decodes `decode_steps` steps of every slot."""
+        """Fills free slots from the queue, then decodes `decode_steps` steps of every slot.
+
+        Whatever is raised here (Ctrl-C, memory that runs out) cancels all requests: what the slots hold is then unknown.
+        """
+        try:
+            self._step()
+        except BaseException:
+            for job in (*self._waiting, *(running.job for running in self._running.values())):
+                for generation in job.generations:
+                    generation.finish_reason = generation.finish_reason or "cancelled"
+            self._waiting.clear()
+            self._running.clear()
+            self._state = None
+            raise
+
+    def _step(self) -> None:
         if self._state is None:
             self._state = self._empty()
-        firsts = self._admit()
-        if not self._running:
-            return
-        resting = np.array([slot not in self._running for slot in range(self.slots)])
-        draws = max((r.job.request.sampling.draws for r in self._running.values()), key=DRAWS.index)
-        self._state, out = programs.decode(
-            self.model, self.decode_steps, draws, self.record_experts, self.weights, self._state, resting
-        )
+        firsts, out = self._admit(), None
+        if any(running.job.request.sampling.max_new_tokens > 1 for running in self._running.values()):
+            resting = np.array([slot not in self._running for slot in range(self.slots)])
+            draws = max((r.job.request.sampling.draws for r in self._running.values()), key=DRAWS.index)
+            self._state, out = programs.decode(
+                self.model, self.decode_steps, draws, self.record_experts, self.weights, self._state, resting
+            )
         firsts, out = jax.device_get((firsts, out))
         for slot, token in firsts.items():
-            self._take(slot, *token)
-        for slot in list(self._running):
-            self._collect(slot, out)
+            self._running[slot].take(*token)
+        for slot, running in list(self._running.items()):
+            if out is not None:
+                running.collect(out, slot, drafts=self.speculate)
+            if running.generation.finish_reason is not None:
+                del self._running[slot]
 
     def _admit(self) -> dict[int, Any]:
         """Prefills waiting prompts into free slots; slot -> first token and its log-probabilities, on the device."""
@@ -182,34 +182,28 @@ class Engine:
             while self._waiting and slot not in self._running:
                 job = self._waiting[0]
                 sample, generation = job.entered, job.generations[job.entered]
+                if generation.finish_reason is None:
+                    firsts[slot] = self._enter(slot, job, sample)
                 job.entered += 1
                 if job.entered == len(job.generations):
                     self._waiting.popleft()
-                if generation.finish_reason is None:
-                    firsts[slot] = self._enter(slot, job, sample)
+                    job.prefilled = None
         return firsts
 
-    def _enter(self, slot: int, job: _Job, sample: int) -> Any:
-        request, W = job.request, self.model.config.vocab_size
+    def _enter(self, slot: int, job: Job, sample: int) -> Any:
         if job.prefilled is None:
             job.prefilled = self._prefill(job)
-        seen = np.zeros((1, W), bool)
-        seen[0, np.asarray(request.prompt)] = True
-        allowed = np.arange(W)[None] < self.vocab_size
-        if request.allowed is not None:
-            allowed = allowed & request.allowed[None]
+        sampling = job.request.sampling
         self._state, *first = programs.enter(
-            self.model, request.sampling.draws, self.weights, self._state, job.prefilled, slot,
-            np.int32(len(request.prompt)), seen, settings([request.sampling], allowed, [sample]),
+            self.model, sampling.draws, self.weights, self._state, job.prefilled, slot, np.int32(len(job.prompt)),
+            job.seen[None], settings([sampling], job.allowed[None], [sample], job.salt),
         )  # fmt: skip
-        if job.entered == len(job.generations):
-            job.prefilled = None
-        self._running[slot] = _Running(job, job.generations[sample], self._stream(request))
+        self._running[slot] = Running(job, job.generations[sample], self.tokenizer)
         return first
 
-    def _prefill(self, job: _Job) -> programs.Prefilled:
+    def _prefill(self, job: Job) -> programs.Prefilled:
         """Runs a prompt, chunk by chunk."""
-        prompt, rows = np.asarray(job.request.prompt, np.int32), degree("batch")
+        prompt, rows = job.prompt, degree("batch")
         cache = hidden = None
         for start in range(0, len(prompt), self.chunk):
             part = prompt[start : start + self.chunk]
@@ -221,63 +215,14 @@ class Engine:
             following = np.full((rows, width), -1, np.int32)
             after = prompt[start + 1 : start + len(part) + 1]
             following[:, : len(after)] = after
+            last = np.int32(len(part) - 1)
             hidden, cache, experts = programs.prefill(
-                self.model, self.places, self.speculate, self.weights, tokens, positions, cache, following
+                self.model, self.places, self.speculate, self.weights, tokens, positions, cache, following, last
             )
-            hidden = hidden[:, len(part) - 1]
             if self.record_experts:
-                job.experts.append(experts[: len(part)])
+                job.experts.append((experts, len(part)))
         assert cache is not None and hidden is not None
         return programs.Prefilled(cache, hidden)
-
-    def _collect(self, slot: int, out: programs.Decoded) -> None:
-        """Takes what some steps gave a slot, up to its end."""
-        for step in range(self.decode_steps):
-            running = self._running[slot]
-            count = int(out.counts[step, slot])
-            running.generation.drafts += self.speculate
-            running.generation.accepted += count - 1
-            if out.experts is not None:
-                running.experts.extend(out.experts[step, :, slot, j] for j in range(count))
-            for j in range(count):
-                token = (column[step, slot, j] for column in (out.tokens, out.logprobs, out.sampled_logprobs))
-                self._take(slot, *token)
-                if slot not in self._running:
-                    return
-
-    def _take(self, slot: int, token: Any, logprob: Any, sampled_logprob: Any) -> None:
-        """Adds a token to a slot's generation, and ends it where that was the last."""
-        running = self._running[slot]
-        generation, sampling = running.generation, running.job.request.sampling
-        generation.tokens.append(int(token))
-        generation.logprobs.append(float(logprob))
-        generation.sampled_logprobs.append(float(sampled_logprob))
-        stopped = int(token) in sampling.stop_ids
-        if running.stream is not None and not stopped:
-            running.stream.push([int(token)])
-            generation.text, stopped = running.stream.text, running.stream.stopped
-        if stopped:
-            self._end(slot, "stop")
-        elif len(generation.tokens) >= sampling.max_new_tokens:
-            self._end(slot, "length")
-
-    def _end(self, slot: int, reason: Literal["stop", "length", "cancelled"]) -> None:
-        running = self._running.pop(slot)
-        generation = running.generation
-        generation.finish_reason = reason
-        if running.stream is not None:
-            running.stream.finish()
-            generation.text = running.stream.text
-        if self.record_experts:
-            rows = [*jax.device_get(running.job.experts), np.stack(running.experts)[: len(generation.tokens) - 1]]
-            generation.experts = np.concatenate([row for row in rows if len(row)])
-
-    def _stream(self, request: Request) -> Any:
-        if self.tokenizer is None:
-            return None
-        from deepseek_jax.data.stream import TextStream
-
-        return TextStream(self.tokenizer, request.sampling.stop)
 
     def _empty(self) -> programs.Slots:
         B, W = self.slots, self.model.config.vocab_size
@@ -291,10 +236,10 @@ class Engine:
             draft=jnp.zeros(B, jnp.int32) if self.speculate else None,
         )
 
-    def _check(self, number: int, request: Request) -> None:
+    def _check(self, request: Request, name: str) -> None:
         check(
-            request, f"prompt {number}", vocabulary=self.model.config.vocab_size, choosable=self.vocab_size,
-            places=self.places, texts=self.tokenizer is not None,
+            request, name, vocabulary=self.model.config.vocab_size, choosable=self.vocab_size, places=self.places,
+            texts=self.tokenizer is not None,
         )  # fmt: skip
 
 

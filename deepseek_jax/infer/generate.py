@@ -39,9 +39,11 @@ def generate(
         max_new_tokens: at most so many new tokens each.
         temperature: 0 takes the likeliest token.
         top_p: samples from the smallest set of tokens with at least this probability.
-        seed: of the sampling; a prompt's continuation does not depend on the prompts beside it.
+        seed: of the sampling; a prompt's continuation does not depend on the prompts beside it. In bfloat16 other numbers
+            of slots and `speculate` may round a logit differently, and so change a token where two are nearly as likely.
         stop_ids: tokens that end a continuation; the model's end-of-sequence token by default.
-        vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows.
+        vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows; by default
+            the tokenizer's, where one is given.
         samples: continuations of each prompt, one after the other in the result.
         speculate: decode with the model's multi-token module: the same tokens in fewer steps.
         tokenizer: gives `Generation.text`, and knows `stop` by it.
@@ -57,8 +59,10 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop_ids=tuple(stop_ids),
         **sampling,
     )  # fmt: skip
-    if not prompts:
+    if not len(prompts):
         return []
+    if samples < 1:
+        raise ValueError(f"samples = {samples}: must be at least 1")
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > config.max_position_embeddings:
         raise ValueError(

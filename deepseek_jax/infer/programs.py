@@ -2,7 +2,8 @@
 
 Speculative decoding (V3, sections 2.2 and 5.4.3) is lossless in the strongest sense. A row's draw depends on its key, its
 place and its logits alone, so the token that plain decoding would have chosen after a draft is known, whatever drafted
-it; a draft counts only where it is that token. The draft itself is the multi-token module's choice with the same noise.
+it; a draft counts only where it is that token (up to the rounding of the logits: two tokens at once are another product
+than one). The draft itself is the multi-token module's choice with the same noise.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ class Decoded:
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def prefill(
     model: DeepSeek, places: int, speculate: bool, weights: LayerWeights, tokens: Array, positions: Array,
-    cache: Cache | None, following: Array,
+    cache: Cache | None, following: Array, last: Array,
 ) -> tuple[Array, Cache, Array | None]:  # fmt: skip
-    """A chunk of one prompt, in rows that are alike: hidden states [B, T, D], cache, experts int16 [T, L, X].
+    """A chunk of one prompt, in rows that are alike: hidden state [B, D] of one token, cache, experts int16 [T, L, X].
 
     Args:
         model: the model.
@@ -81,6 +82,7 @@ def prefill(
         positions: int32 [B, T]; `places` for padding.
         cache: of the chunks before; None for the first.
         following: int32 [B, T]: the next token of each; `-1` where it is not known yet.
+        last: int32 []: the token whose hidden state is wanted.
     """
     weights, fresh = weights.turned_back(), cache is None
     if cache is None:
@@ -93,7 +95,7 @@ def prefill(
         )
     if experts is not None:
         experts = experts[:, 0].swapaxes(0, 1).astype(jnp.int16)
-    return hidden, cache, experts
+    return hidden[:, last], cache, experts
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -22,20 +22,20 @@ class Generation:
     sampled_logprobs: list[float] = field(default_factory=list)
     """Under the distribution that it was drawn from; 0 at temperature 0."""
     text: str = ""
-    """The new tokens as text, whole characters only, without special tokens, the stop token and what `Sampling.stop` ends
-    it with; empty where the engine has no tokenizer."""
+    """The new tokens as text, without special tokens, the stop token and what `Sampling.stop` ends it with; empty where the
+    engine has no tokenizer. It grows by whole characters; U+FFFD stands at the end for one that was never finished."""
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
     """None while it grows."""
     drafts: int = 0
-    """Tokens that the multi-token module proposed."""
+    """Tokens that the multi-token module proposed, and that could have been used."""
     accepted: int = 0
     """Proposals that were right, so that a step gave two tokens."""
-    experts: np.ndarray | None = None
+    experts: np.ndarray | None = field(default=None, compare=False)
     """Int16 [prompt + new tokens − 1, L, X], at the end, with `record_experts`: the experts of every token that was run
     (the last new one was not), in each MoE layer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """A prompt, and how it is continued."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,8 @@ from flax import struct
 from deepseek_jax.config import require
 from deepseek_jax.types import Array
 
+_HOTTEST = 1e4  # by then all tokens are alike; far below where float32 overflows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -23,9 +26,9 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
+    """Only the k likeliest tokens, of equal ones those with the lower ids; 0: all."""
     top_p: float = 1.0
-    """Only the smallest set of likeliest tokens whose probabilities reach this."""
+    """Only the smallest set of likeliest tokens whose probabilities, among those that top_k leaves, reach this."""
     min_p: float = 0.0
     """Only tokens at least this share as likely as the likeliest."""
     repetition_penalty: float = 1.0
@@ -40,9 +43,11 @@ class Sampling:
         def check(condition: bool, name: str, remedy: str) -> None:
             require(condition, "Sampling", name, getattr(self, name), remedy)
 
+        for name in ("max_new_tokens", "top_k", "seed"):
+            check(isinstance(getattr(self, name), Integral), name, "must be a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", "must be at least 1")
-        check(self.temperature >= 0, "temperature", "must not be negative")
-        check(self.top_k >= 0, "top_k", "must not be negative; 0 takes all")
+        check(0 <= self.temperature <= _HOTTEST, "temperature", f"must be in [0, {_HOTTEST:g}]")
+        check(0 <= self.top_k < 2**31, "top_k", "must be in [0, 2**31); 0 takes all")
         check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
         check(self.repetition_penalty > 0, "repetition_penalty", "must be greater than 0; 1 penalises nothing")
@@ -79,13 +84,16 @@ class Settings:
     """Bool [B, W]: the tokens that may be chosen."""
 
 
-def settings(rows: Sequence[Sampling], allowed_BW: Any, samples: Sequence[int] | None = None) -> Settings:
+def settings(
+    rows: Sequence[Sampling], allowed_BW: Any, samples: Sequence[int] | None = None, salt: int = 0
+) -> Settings:
     """The arrays of some rows, on the host.
 
     Args:
         rows: how each is sampled.
         allowed_BW: bool: the tokens that may be chosen.
         samples: which of the samples of its prompt each row is; the first of all by default.
+        salt: in [0, 2**32): of the prompt, so that prompts with one seed have noise of their own.
     """
 
     def floats(name: str) -> Any:
@@ -97,8 +105,8 @@ def settings(rows: Sequence[Sampling], allowed_BW: Any, samples: Sequence[int] |
         min_p=floats("min_p"),
         repetition_penalty=floats("repetition_penalty"),
         top_k=np.array([row.top_k for row in rows], np.int32),  # type: ignore[arg-type]
-        # For the first sample what `jax.random.key(seed)` holds, without a call to the device for each request.
-        key=np.array(list(zip(samples or [0] * len(rows), (row.seed for row in rows), strict=True)), np.uint32),  # type: ignore[arg-type]
+        # As `jax.random.key` holds a seed, without a call to the device for each request.
+        key=np.array(list(zip(samples or [0] * len(rows), (row.seed ^ salt for row in rows), strict=True)), np.uint32),  # type: ignore[arg-type]
         allowed=allowed_BW,
     )
 
@@ -143,13 +151,17 @@ def sample(
 
 def _truncated(logits_BW: Array, given: Settings) -> Array:
     """Logits with −inf outside what top_k, top_p and min_p leave; the likeliest token always stays."""
-    W = logits_BW.shape[-1]
-    ordered = jnp.sort(logits_BW, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    B, W = logits_BW.shape
+    order = jnp.argsort(logits_BW, axis=-1, descending=True, stable=True)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits_BW, order, axis=-1), axis=-1)
     place = jnp.arange(W)
-    top_k = jnp.where(given.top_k == 0, W, given.top_k)[:, None]
-    inside = (place < top_k) & (before < given.top_p[:, None])
+    inside = place < jnp.where(given.top_k == 0, W, given.top_k)[:, None]
+    kept = jnp.where(inside, probabilities, 0)
+    before = jnp.cumsum(kept, axis=-1) - kept
+    top_p = given.top_p[:, None]
+    # At 1 rounding of the sum must not cut the tail of a row that has truncated neighbours.
+    inside &= (before < top_p * kept.sum(axis=-1, keepdims=True)) | (top_p >= 1)
     inside &= probabilities >= given.min_p[:, None] * probabilities[:, :1]
-    lowest = jnp.where(inside | (place == 0), ordered, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits_BW >= lowest, logits_BW, -jnp.inf)
+    inside |= place == 0
+    keep = jnp.zeros((B, W), bool).at[jnp.arange(B)[:, None], order].set(inside)
+    return jnp.where(keep, logits_BW, -jnp.inf)

@@ -5,6 +5,7 @@ layer's weights out of the stack first, so here every layer has arrays of its ow
 """
 
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import ModelConfig
@@ -60,34 +62,40 @@ def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume:
         variables: as `model.init` gives them, on any mesh; each part keeps its shards.
         few_rows: turn matrices so that the dim a decoding step sums over comes last: a GPU reads them faster for a few
             rows of input.
-        consume: free each stacked array once it is taken apart, so that no second copy of the model exists.
+        consume: free each array once its copy is made, so that no second copy of the whole model exists; arrays that need
+            no change are taken over.
     """
     c = model.config
-    apart: dict[str, list[Any]] = {}
-    ends: dict[str, Any] = {"params": {}}
+    stacks = {"dense_layers": c.num_dense_layers, "moe_layers": c.num_moe_layers, "mtp": c.num_nextn_predict_layers}
+    apart: dict[str, list[Any]] = {name: [{} for _ in range(count)] for name, count in stacks.items()}
+    ends: dict[str, Any] = {}
+    uses = Counter(id(leaf) for leaf in jax.tree.leaves(variables))  # one array may stand in two places
+
+    def taken(path: Any, leaf: Any, count: int | None) -> Any:
+        leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        new = _taken(path, leaf, c, few_rows, count)
+        uses[id(leaf)] -= 1
+        if new is leaf:
+            return leaf if consume else jnp.array(leaf, copy=True)
+        if consume and not uses[id(leaf)]:
+            jax.block_until_ready(new)
+            leaf.delete()
+        return new
+
     for collection, tree in variables.items():
         for name, sub in tree.items():
-            stacks = {"dense_layers": c.num_dense_layers, "moe_layers": c.num_moe_layers}
-            count = (stacks | {"mtp": c.num_nextn_predict_layers}).get(name)
-            if count is None:
-                take = partial(_taken, config=c, few_rows=few_rows, count=None)
-                ends[collection][name] = jax.tree_util.tree_map_with_path(take, sub)
-                continue
-            target = apart.setdefault(name, [{} for _ in range(count)])
             flat, shape = jax.tree_util.tree_flatten_with_path(sub)
-            columns = []
-            for path, leaf in flat:
-                columns.append(_taken(path, leaf, config=c, few_rows=few_rows, count=count))
-                if consume:
-                    jax.block_until_ready(columns[-1])
-                    leaf.delete()
-            for i in range(count):
-                target[i][collection] = shape.unflatten([column[i] for column in columns])
-    layers = (*apart.get("dense_layers", ()), *apart.get("moe_layers", ()))
-    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart.get("mtp", ())), few_rows=few_rows)
+            count = stacks.get(name)
+            columns = [taken(path, leaf, count) for path, leaf in flat]
+            if count is None:
+                ends.setdefault(collection, {})[name] = shape.unflatten(columns)
+            for i in range(count or 0):
+                apart[name][i][collection] = shape.unflatten([column[i] for column in columns])
+    layers = (*apart["dense_layers"], *apart["moe_layers"])
+    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart["mtp"]), few_rows=few_rows)
 
 
-def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count: int | None) -> Any:
+def _taken(path: Any, leaf: Array, config: ModelConfig, few_rows: bool, count: int | None) -> Any:
     """A leaf as a step wants it; with `count`, a tuple of that many, of the slices along its first dim."""
     name, names = path[-1].key, {entry.key for entry in path}
     dtype = leaf.dtype if name in ("scale", "bias") or "router" in names else jnp.dtype(config.dtype)
@@ -95,17 +103,20 @@ def _taken(path: Any, leaf: Array, *, config: ModelConfig, few_rows: bool, count
     if count is None and order is None and leaf.dtype == dtype:
         return leaf
     where: Any = None
-    sharding = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    sharding = None if isinstance(leaf, Tracer) else leaf.sharding
     if isinstance(sharding, NamedSharding):
         assert order is None  # a mesh has more than a few rows
         where = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec if count is None else sharding.spec[1:])))
+    return _changed(leaf, dtype, order, count, where)
 
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _changed(leaf: Array, dtype: Any, order: tuple[int, ...] | None, count: int | None, where: Any) -> Any:
     def one(x: Array) -> Array:
-        return (x if order is None else x.transpose(order)).astype(dtype)
+        x = (x if order is None else x.transpose(order)).astype(dtype)
+        return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
-    if count is None:
-        return jax.jit(one, out_shardings=where)(leaf)
-    return jax.jit(lambda x: tuple(one(x[i]) for i in range(count)), out_shardings=(where,) * count)(leaf)
+    return one(leaf) if count is None else tuple(one(leaf[i]) for i in range(count))
 
 
 _TURNED = 2**23  # numbers of a matrix up to which the order matters; a larger product keeps a GPU busy in the usual one

@@ -33,7 +33,8 @@ class MTPModule(nn.Module):
         context: Context,
         cache: LayerCache | None = None,
     ) -> tuple[Array, tuple[Array, RouterStats | None, LayerCache | None]]:
-        """State of the depth before, embedding of token i + k, positions that have a target -> new state, twice."""
+        """State of the depth before, embedding of token i + k, positions that have a target -> new state, and again with
+        the router's statistics and the cache with these tokens in it."""
         c, D = self.config, hidden_BTD.shape[-1]
         embedded = RMSNorm(c.rms_norm_eps, c.param_dtype, name="embedding_norm")(embedded_BTD)
         hidden = RMSNorm(c.rms_norm_eps, c.param_dtype, name="hidden_norm")(hidden_BTD)

@@ -163,7 +163,7 @@ def policy_loss(
         sums_B = where(x_BT).sum(axis=1)
         if config.aggregation == "grpo":
             return (sums_B / lengths_B).sum() / completions
-        return sums_B.sum() / (completions * config.max_tokens if config.aggregation == "dr_grpo" else tokens)
+        return sums_B.sum() / (tokens if config.max_tokens is None else completions * config.max_tokens)
 
     policy = jnp.where(counts, term, 0).sum() / completions if sequence else aggregated(term)
     loss = config.kl * aggregated(kl_BT) - policy
