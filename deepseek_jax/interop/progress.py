@@ -50,5 +50,6 @@ class Progress:
     def _say(self) -> None:
         if self._shown:
             rate = self._done / max(time.monotonic() - self._start, 1e-9)
-            of = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
+            done, unit = (1e9, "GB") if self._total >= 1e8 else (1e6, "MB")
+            of = f"{self._done / done:.2f} of {self._total / done:.2f} {unit}"
             print(f"{self._label}: {of}, {rate / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
