@@ -92,7 +92,11 @@ def tensor_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{a}.kv_b_proj.weight"], shapes[f"{a}.o_proj.weight"] = (N * (P + V), C), (D, N * V)
         else:
             H = c.get("head_dim") or D // N
-            for n, heads in (("q", N), ("k", c.get("num_key_value_heads") or N), ("v", c.get("num_key_value_heads") or N)):
+            for n, heads in (
+                ("q", N),
+                ("k", c.get("num_key_value_heads") or N),
+                ("v", c.get("num_key_value_heads") or N),
+            ):
                 shapes[f"{a}.{n}_proj.weight"] = (heads * H, D)
                 if c["model_type"] == "qwen2":
                     shapes[f"{a}.{n}_proj.bias"] = (heads * H,)
@@ -234,7 +238,10 @@ def logits(c: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray
             if c["q_lora_rank"] is None:
                 q = x @ w[f"{p}.q_proj.weight"].T
             else:
-                q = norm(x @ w[f"{p}.q_a_proj.weight"].T, f"{p}.q_a_layernorm.weight", 1e-6) @ w[f"{p}.q_b_proj.weight"].T
+                q = (
+                    norm(x @ w[f"{p}.q_a_proj.weight"].T, f"{p}.q_a_layernorm.weight", 1e-6)
+                    @ w[f"{p}.q_b_proj.weight"].T
+                )
             q, down = heads(q, N), x @ w[f"{p}.kv_a_proj_with_mqa.weight"].T
             kv = heads(norm(down[:, :C], f"{p}.kv_a_layernorm.weight", 1e-6) @ w[f"{p}.kv_b_proj.weight"].T, N)
             rope_k = np.repeat(rotate(down[None, :, C:], True), N, 0)
