@@ -1,0 +1,178 @@
+"""The policy's own log-probabilities, and one update from rewards: the trainer's side of GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from deepseek_jax.layers.weights import at_least_float32
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.posttrain.objective import PolicyLoss, PolicyMetrics, policy_loss
+from deepseek_jax.training.config import AdamW
+from deepseek_jax.training.loss import cross_entropy_sum
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.types import Array
+
+
+@struct.dataclass
+class Rollouts:
+    """Completions, a row each, in the shape that an update takes."""
+
+    tokens: Array
+    """Int32 [B, T + 1]: prompt, completion, padding."""
+    mask: Array
+    """Bool [B, T]: place i counts where token i + 1 was sampled by the policy; made while sampling, never from ids."""
+    advantages: Array
+    """Float [B, T], or [B, 1] where a completion has one."""
+    sampler_logprobs: Array
+    """Float [B, T]: as the sampler reported, of the distribution that was sampled from."""
+
+
+@struct.dataclass
+class PolicyState:
+    """What training carries from update to update."""
+
+    step: Array
+    """Int32: updates applied."""
+    params: Any
+    router: Any
+    """Selection biases, which reinforcement learning leaves as they are; `{}` where the model has none."""
+    opt_state: Any
+    reference: Any
+    """Parameters that the divergence is measured from; `{}` where the objective has none."""
+
+
+def variables_of(params: Any, router: Any) -> dict[str, Any]:
+    """What `model.apply` takes."""
+    return {"params": params, **({"router": router} if router else {})}
+
+
+def token_logprobs(
+    model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float = 1.0, chunk: int = 512
+) -> tuple[Array, Array]:
+    """Log-probability of each token after the first, and entropy before it: [B, T] each, nats, float32 or wider.
+
+    Under the distribution at `temperature`, of the whole vocabulary. The logits of at most `chunk` places of a sequence
+    exist at once. Not for gradients: `make_update` has them.
+    """
+    hidden_BTD = _hidden(model, variables, tokens_BT1, temperature)
+    return _logprobs(hidden_BTD, model.apply(variables, method="head_kernel"), tokens_BT1[:, 1:], chunk)
+
+
+def _hidden(model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float) -> Array:
+    # Padding stands behind the completion, where no counted token sees it.
+    hidden = model.apply(variables, tokens_BT1[:, :-1], method="hidden").hidden
+    return hidden if temperature == 1 else (hidden / temperature).astype(hidden.dtype)
+
+
+def _logprobs(hidden_BTD: Array, w_DW: Array, targets_BT: Array, chunk: int) -> tuple[Array, Array]:
+    B, T, _ = hidden_BTD.shape
+    wide, chunk = at_least_float32(hidden_BTD.dtype), min(chunk, T)
+    pad = -T % chunk
+
+    def pieces(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = piece
+        logits = jnp.einsum("btd,dw->btw", hidden, w_DW.astype(hidden.dtype), preferred_element_type=wide)
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        entropy = -(jnp.exp(logp) * logp).sum(axis=-1)
+        return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
+
+    outs = lax.map(one, (pieces(hidden_BTD), pieces(targets_BT)))
+    logp, entropy = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in outs)
+    return logp, entropy
+
+
+def init_policy(optimizer: AdamW, variables: Any, *, reference: bool) -> PolicyState:
+    """The state of training that begins with these variables, which it takes a copy of; the reference is a copy too."""
+
+    def copied(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+    params = copied(variables["params"])
+    return PolicyState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        router=copied(variables.get("router", {})),
+        opt_state=make_optimizer(optimizer, lambda step: jnp.zeros(())).init(params),
+        reference=copied(params) if reference else {},
+    )
+
+
+Update = Callable[[PolicyState, Rollouts, Array], tuple[PolicyState, dict[str, Any]]]
+
+
+def make_update(
+    model: DeepSeek, loss: PolicyLoss, optimizer: AdamW, *, temperature: float = 1.0, chunk: int = 512
+) -> Update:
+    """The jitted function `(state, rollouts, learning rate) -> (state, metrics)` of one update on the policy.
+
+    The policy is updated from itself: π_old is the state's own parameters, so the ratio is 1 and the gradient is that of
+    the advantages. The state's memory is reused.
+
+    Args:
+        model: the model.
+        loss: the objective.
+        optimizer: its constants.
+        temperature: that the rollouts were sampled at.
+        chunk: places of a sequence whose logits exist at once.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: PolicyState, rollouts: Rollouts, learning_rate: Array) -> tuple[PolicyState, dict[str, Any]]:
+        targets, mask = rollouts.tokens[:, 1:], rollouts.mask
+        reference = None
+        if loss.kl:
+            reference, _ = token_logprobs(
+                model, variables_of(state.reference, state.router), rollouts.tokens, temperature, chunk
+            )
+
+        def objective(params: Any) -> tuple[Array, tuple[Array, PolicyMetrics, Array, Array]]:
+            variables = variables_of(params, state.router)
+            hidden = _hidden(model, variables, rollouts.tokens, temperature)
+            w_DW = model.apply(variables, method="head_kernel")
+            logp, entropy = lax.stop_gradient(_logprobs(hidden, w_DW, targets, chunk))
+
+            def of_logp(x: Array) -> tuple[Array, PolicyMetrics]:
+                return policy_loss(
+                    loss, x, logp, rollouts.advantages, mask, reference,
+                    None if loss.importance_cap is None else rollouts.sampler_logprobs,
+                )  # fmt: skip
+
+            (value, metrics), slope = jax.value_and_grad(of_logp, has_aux=True)(logp)
+            # The chain rule by hand: Σ slope · log p has the loss's gradient, and its logits exist in chunks alone.
+            return cross_entropy_sum(hidden, w_DW, targets, -slope, chunk), (value, metrics, logp, entropy)
+
+        grads, (value, metrics, logp, entropy) = jax.grad(objective, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+        updates, opt_state = make_optimizer(optimizer, lambda step: learning_rate).update(
+            grads, state.opt_state, state.params
+        )
+        new = state.replace(  # type: ignore[attr-defined]
+            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        count = jnp.maximum(mask.sum(), 1)
+        drift = jnp.where(mask, jnp.abs(logp - rollouts.sampler_logprobs), 0)
+        return new, {
+            "loss": value,
+            "grad_norm": optax.tree.norm(grads),
+            "entropy": jnp.where(mask, entropy, 0).sum() / count,
+            "kl": metrics.kl,
+            "clipped_low": metrics.clipped_low,
+            "clipped_high": metrics.clipped_high,
+            "off_policy_masked": metrics.masked,
+            "sampler_drift_mean": drift.sum() / count,
+            "sampler_drift_max": drift.max(),
+        }
+
+    return update

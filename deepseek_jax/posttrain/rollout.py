@@ -1,0 +1,86 @@
+"""From what the engine generated to what an update takes, and the guard that both have the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.infer.requests import Generation
+from deepseek_jax.models.cached import LayerWeights
+from deepseek_jax.posttrain.policy import Rollouts
+from deepseek_jax.types import Array
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], generations: Sequence[Generation], advantages: Any, length: int, pad_id: int = 0
+) -> Rollouts:
+    """Rows of one completion each, padded behind it.
+
+    Args:
+        prompts: token ids of each completion's prompt.
+        generations: the completions, ended.
+        advantages: float [B].
+        length: T: places of a row; prompt and completion have at most one more token.
+        pad_id: what padding is; it may be the end token, since the mask does not look at ids.
+
+    Raises: ValueError for a row that does not fit, a completion that has not ended, or an empty prompt.
+    """
+    B = len(generations)
+    if len(prompts) != B:
+        raise ValueError(f"{len(prompts)} prompts for {B} completions")
+    tokens = np.full((B, length + 1), pad_id, np.int32)
+    mask = np.zeros((B, length), bool)
+    sampler = np.zeros((B, length), np.float32)
+    for i, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
+        begin, end = len(prompt), len(prompt) + len(generation.tokens)
+        if generation.finish_reason not in ("stop", "length"):
+            raise ValueError(f"completion {i} has not ended: finish_reason = {generation.finish_reason!r}")
+        if not begin:
+            raise ValueError(f"prompt {i} is empty: its first token would have no place to be predicted at")
+        if end > length + 1:
+            raise ValueError(f"completion {i} has {end} tokens with its prompt, more than length + 1 = {length + 1}")
+        tokens[i, :end] = [*prompt, *generation.tokens]
+        mask[i, begin - 1 : end - 1] = True
+        sampler[i, begin - 1 : end - 1] = generation.sampled_logprobs
+    return Rollouts(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(mask),
+        advantages=jnp.asarray(np.asarray(advantages, np.float32)[:, None]),
+        sampler_logprobs=jnp.asarray(sampler),
+    )
+
+
+def checksum(weights: LayerWeights) -> dict[str, int]:
+    """A number for each leaf of an engine's weights: the sum of its bits, modulo 2³², layers' leaves added up.
+
+    Two engines have the same numbers where they hold the same weights, in whatever layout.
+    """
+    totals: dict[str, int] = {}
+    for name, part in (("ends", [weights.ends]), ("layers", weights.layers), ("mtp", weights.mtp)):
+        for number, tree in enumerate(part):
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                key = f"{name}/{number}{jax.tree_util.keystr(path)}"
+                totals[key] = int(_bits(leaf))
+    return totals
+
+
+@jax.jit
+def _bits(leaf: Array) -> Array:
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+
+def require_same(trainer: LayerWeights, sampler: LayerWeights) -> None:
+    """Raises ValueError, naming leaves, where the sampler's weights are not the trainer's: stale, zeroed or missing."""
+    ours, theirs = checksum(trainer), checksum(sampler)
+    if missing := sorted(ours.keys() ^ theirs.keys()):
+        raise ValueError(f"the sampler and the trainer differ in their leaves: {', '.join(missing[:5])}")
+    if stale := [name for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(
+            f"{len(stale)} of {len(ours)} leaves of the sampler are not the trainer's, {', '.join(stale[:3])} among them: "
+            f"give the sampler the new weights before it generates"
+        )
