@@ -146,9 +146,10 @@ def engine_programs(sharding, report) -> None:
         )
     )  # fmt: skip
     ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=sharding)
+    last = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
     resting = jax.ShapeDtypeStruct((B,), bool, sharding=sharding)
     with compile_for("tpu"):
-        prefill = programs.prefill.lower(model, places, True, weights, ids, ids, None, ids).compile()
+        prefill = programs.prefill.lower(model, places, True, weights, ids, ids, None, ids, last).compile()
         decode = programs.decode.lower(model, 4, "whole", True, weights, state, resting).compile()
     report("prefill", prefill)
     report(

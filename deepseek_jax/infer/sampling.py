@@ -46,7 +46,8 @@ class Sampling:
         for name in ("max_new_tokens", "top_k", "seed"):
             check(isinstance(getattr(self, name), Integral), name, "must be a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", "must be at least 1")
-        check(0 <= self.temperature <= _HOTTEST, "temperature", f"must be in [0, {_HOTTEST:g}]")
+        check(not self.temperature < 0, "temperature", "must not be negative")
+        check(self.temperature <= _HOTTEST, "temperature", f"must be at most {_HOTTEST:g}")
         check(0 <= self.top_k < 2**31, "top_k", "must be in [0, 2**31); 0 takes all")
         check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
