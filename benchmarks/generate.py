@@ -57,7 +57,14 @@ def ours(options: argparse.Namespace) -> dict:
         keys = jax.random.split(jax.random.key(0), len(leaves))
         variables = tree.unflatten([draw(k, x) for k, x in zip(keys, leaves, strict=True)])
     engine = Engine(
-        model, variables, slots=options.batch, places=length + new, chunk=512, decode_steps=min(32, new), consume=True
+        model,
+        variables,
+        slots=options.batch,
+        places=length + new,
+        chunk=512,
+        decode_steps=min(32, new),
+        consume=True,
+        prefill_rows=min(options.batch, 8),
     )
     requests = [
         Request(prompt=prompt, sampling=Sampling(max_new_tokens=new))

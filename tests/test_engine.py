@@ -36,7 +36,7 @@ def test_greedy_equals_the_plain_sampler(kind):
     expected = generate_reference(model, variables, prompts, max_new_tokens=20, stop_ids=())
     stop = expected[1].tokens[7]  # ends that one, and perhaps others
     expected = generate_reference(model, variables, prompts, max_new_tokens=20, stop_ids=(stop,))
-    engine = Engine(model, variables, slots=3, places=64, chunk=16, decode_steps=4)
+    engine = Engine(model, variables, slots=3, places=64, chunk=16, decode_steps=4, prefill_rows=2)
     results = engine.generate(
         [Request(prompt=prompt, sampling=Sampling(max_new_tokens=20, stop_ids=(stop,))) for prompt in prompts]
     )

@@ -146,7 +146,7 @@ def engine_programs(sharding, report) -> None:
         )
     )  # fmt: skip
     ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=sharding)
-    last = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+    last = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=sharding)
     resting = jax.ShapeDtypeStruct((B,), bool, sharding=sharding)
     with compile_for("tpu"):
         prefill = programs.prefill.lower(model, places, True, weights, ids, ids, None, ids, last).compile()

@@ -39,8 +39,8 @@ class Engine:
 
     def __init__(
         self, model: DeepSeek, variables: Any, *, slots: int = 8, places: int = 1024, chunk: int = 256,
-        decode_steps: int = 8, vocab_size: int | None = None, tokenizer: Any = None, speculate: bool = False,
-        record_experts: bool = False, consume: bool = False,
+        decode_steps: int = 8, prefill_rows: int = 1, vocab_size: int | None = None, tokenizer: Any = None,
+        speculate: bool = False, record_experts: bool = False, consume: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -51,6 +51,8 @@ class Engine:
             places: tokens of prompt and continuation that a slot holds.
             chunk: most tokens of a prompt that are run at once; rounded up to a power of two, at least 8, at most `places`.
             decode_steps: steps of all slots before the host looks at their tokens.
+            prefill_rows: prompts of like lengths that are run at once; fewer are padded to so many, so that a prompt's
+                programs do not depend on what waits beside it.
             vocab_size: ids from here on are never chosen, where the tokenizer has fewer than the model has rows; by default
                 the tokenizer's, where one is given.
             tokenizer: gives `Generation.text`, and knows `Sampling.stop` by it.
@@ -63,7 +65,10 @@ class Engine:
         """
         config = model.config
         choosable: int = vocab_size if vocab_size is not None else getattr(tokenizer, "vocab_size", config.vocab_size)
-        numbers = dict(slots=slots, places=places, chunk=chunk, decode_steps=decode_steps, vocab_size=choosable)
+        numbers = dict(
+            slots=slots, places=places, chunk=chunk, decode_steps=decode_steps, prefill_rows=prefill_rows,
+            vocab_size=choosable,
+        )  # fmt: skip
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
@@ -83,6 +88,7 @@ class Engine:
         self.slots, self.places, self.decode_steps = slots, places, decode_steps
         self.chunk = min(_power_of_two(chunk), places)
         self.vocab_size = min(choosable, config.vocab_size)
+        self._rows = -(-prefill_rows // degree("batch")) * degree("batch")
         self.speculate, self.record_experts = speculate, record_experts
         on_one_gpu = platform.target() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
         few_rows = on_one_gpu and slots * (1 + speculate) <= FEW_ROWS
@@ -177,52 +183,66 @@ class Engine:
 
     def _admit(self) -> dict[int, Any]:
         """Prefills waiting prompts into free slots; slot -> first token and its log-probabilities, on the device."""
-        firsts: dict[int, Any] = {}
+        entries: list[tuple[int, Job, int]] = []
+        left: list[Job] = []  # the queue, with all their samples in slots
         for slot in range(self.slots):
             while self._waiting and slot not in self._running:
                 job = self._waiting[0]
-                sample, generation = job.entered, job.generations[job.entered]
-                if generation.finish_reason is None:
-                    firsts[slot] = self._enter(slot, job, sample)
+                if (generation := job.generations[job.entered]).finish_reason is None:
+                    entries.append((slot, job, job.entered))
+                    self._running[slot] = Running(job, generation, self.tokenizer)
                 job.entered += 1
                 if job.entered == len(job.generations):
-                    self._waiting.popleft()
-                    job.prefilled = None
+                    left.append(self._waiting.popleft())
+        alike: dict[int, list[Job]] = {}  # by padded length: prompts with the same programs
+        for job in dict.fromkeys(job for _, job, _ in entries if job.prefilled is None):
+            full, rest = divmod(len(job.prompt), self.chunk)
+            alike.setdefault(full * self.chunk + (self._width(rest) if rest else 0), []).append(job)
+        for jobs in alike.values():
+            for start in range(0, len(jobs), self._rows):
+                self._prefill(jobs[start : start + self._rows])
+        firsts = {slot: self._enter(slot, job, sample) for slot, job, sample in entries}
+        for job in left:
+            job.prefilled = None
         return firsts
 
     def _enter(self, slot: int, job: Job, sample: int) -> Any:
-        if job.prefilled is None:
-            job.prefilled = self._prefill(job)
         sampling = job.request.sampling
         self._state, *first = programs.enter(
-            self.model, sampling.draws, self.weights, self._state, job.prefilled, slot, np.int32(len(job.prompt)),
-            job.seen[None], settings([sampling], job.allowed[None], [sample], job.salt),
+            self.model, sampling.draws, self.weights, self._state, job.prefilled, job.row, slot,
+            np.int32(len(job.prompt)), job.seen[None], settings([sampling], job.allowed[None], [sample], job.salt),
         )  # fmt: skip
-        self._running[slot] = Running(job, job.generations[sample], self.tokenizer)
         return first
 
-    def _prefill(self, job: Job) -> programs.Prefilled:
-        """Runs a prompt, chunk by chunk."""
-        prompt, rows = job.prompt, degree("batch")
-        cache = hidden = None
-        for start in range(0, len(prompt), self.chunk):
-            part = prompt[start : start + self.chunk]
-            width = min(_power_of_two(len(part)), self.chunk)
+    def _width(self, tokens: int) -> int:
+        """Of the chunk that so many tokens are run in."""
+        return min(_power_of_two(tokens), self.chunk)
+
+    def _prefill(self, jobs: Sequence[Job]) -> None:
+        """Runs prompts whose chunks have the same widths, chunk by chunk."""
+        rows, cache, hidden = self._rows, None, None
+        for start in range(0, max(len(job.prompt) for job in jobs), self.chunk):
+            width = self._width(max(len(job.prompt) for job in jobs) - start)
             tokens = np.zeros((rows, width), np.int32)
-            tokens[:, : len(part)] = part
             positions = np.full((rows, width), self.places, np.int32)
-            positions[:, : len(part)] = np.arange(start, start + len(part))
             following = np.full((rows, width), -1, np.int32)
-            after = prompt[start + 1 : start + len(part) + 1]
-            following[:, : len(after)] = after
-            last = np.int32(len(part) - 1)
+            last = np.zeros(rows, np.int32)
+            for row, job in enumerate(jobs):
+                part = job.prompt[start : start + self.chunk]
+                after = job.prompt[start + 1 : start + len(part) + 1]
+                tokens[row, : len(part)] = part
+                positions[row, : len(part)] = np.arange(start, start + len(part))
+                following[row, : len(after)] = after
+                last[row] = len(part) - 1
             hidden, cache, experts = programs.prefill(
                 self.model, self.places, self.speculate, self.weights, tokens, positions, cache, following, last
             )
             if self.record_experts:
-                job.experts.append((experts, len(part)))
+                for row, job in enumerate(jobs):
+                    job.experts.append((experts, int(last[row]) + 1))
         assert cache is not None and hidden is not None
-        return programs.Prefilled(cache, hidden)
+        for row, job in enumerate(jobs):
+            job.prefilled, job.row = programs.Prefilled(cache, hidden), row
 
     def _empty(self) -> programs.Slots:
         B, W = self.slots, self.model.config.vocab_size

@@ -10,7 +10,7 @@ from deepseek_jax.infer.sampling import Sampling
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import degree
 
-_MOST_SLOTS = 32
+_MOST_SLOTS, _MOST_ROWS = 32, 8
 _PLACES_STEP = 64  # slots have a multiple of it, so that few lengths are compiled
 
 
@@ -71,8 +71,8 @@ def generate(
     places = min(-(-longest // _PLACES_STEP) * _PLACES_STEP, config.max_position_embeddings)
     slots, batch = min(len(prompts) * samples, _MOST_SLOTS), degree("batch")
     engine = Engine(
-        model, variables, slots=-(-slots // batch) * batch, places=places, vocab_size=vocab_size, speculate=speculate,
-        tokenizer=tokenizer,
+        model, variables, slots=-(-slots // batch) * batch, prefill_rows=min(len(prompts), _MOST_ROWS), places=places,
+        vocab_size=vocab_size, speculate=speculate, tokenizer=tokenizer,
     )  # fmt: skip
     return engine.generate([Request(prompt=prompt, sampling=how, samples=samples) for prompt in prompts])
 

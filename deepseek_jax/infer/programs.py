@@ -19,6 +19,7 @@ from jax import lax
 from deepseek_jax.infer.sampling import Draws, Settings, sample
 from deepseek_jax.models.cached import Cache, LayerWeights, draft, extend, head, init_cache
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import degree
 from deepseek_jax.types import Array
 
 
@@ -42,12 +43,12 @@ class Slots:
 
 @struct.dataclass
 class Prefilled:
-    """A prompt that was run, before its first token is drawn."""
+    """Prompts that were run, before their first tokens are drawn."""
 
     cache: Cache
-    """Of B rows that are alike; the first counts."""
+    """A row a prompt, R rows."""
     hidden: Array
-    """[B, D] of its last token."""
+    """[R, D] of their last tokens."""
 
 
 @struct.dataclass
@@ -71,18 +72,18 @@ def prefill(
     model: DeepSeek, places: int, speculate: bool, weights: LayerWeights, tokens: Array, positions: Array,
     cache: Cache | None, following: Array, last: Array,
 ) -> tuple[Array, Cache, Array | None]:  # fmt: skip
-    """A chunk of one prompt, in rows that are alike: hidden state [B, D] of one token, cache, experts int16 [T, L, X].
+    """A chunk of some prompts, a row each: hidden state [R, D] of a token each, cache, experts int16 [R, T, L, X].
 
     Args:
         model: the model.
         places: of the cache.
         speculate: run the multi-token module too.
         weights: of the model.
-        tokens: int32 [B, T].
-        positions: int32 [B, T]; `places` for padding.
+        tokens: int32 [R, T].
+        positions: int32 [R, T]; `places` for padding.
         cache: of the chunks before; None for the first.
-        following: int32 [B, T]: the next token of each; `-1` where it is not known yet.
-        last: int32 []: the token whose hidden state is wanted.
+        following: int32 [R, T]: the next token of each; `-1` where it is not known yet.
+        last: int32 [R]: the tokens whose hidden states are wanted.
     """
     weights, fresh = weights.turned_back(), cache is None
     if cache is None:
@@ -94,14 +95,14 @@ def prefill(
             model, weights, hidden, jnp.where(known, following, 0), jnp.where(known, positions, places), cache, fresh
         )
     if experts is not None:
-        experts = experts[:, 0].swapaxes(0, 1).astype(jnp.int16)
-    return hidden[:, last], cache, experts
+        experts = jnp.moveaxis(experts, 0, 2).astype(jnp.int16)
+    return hidden[jnp.arange(len(last)), last], cache, experts
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def enter(
-    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, prefilled: Prefilled, slot: Array, place: Array,
-    seen: Array, given: Settings,
+    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, prefilled: Prefilled, row: Array, slot: Array,
+    place: Array, seen: Array, given: Settings,
 ) -> tuple[Slots, Array, Array, Array]:  # fmt: skip
     """A prefilled prompt goes into its slot; the first token of its continuation and both log-probabilities.
 
@@ -110,24 +111,30 @@ def enter(
         draws: what this request draws from.
         weights: of the model.
         state: of all slots.
-        prefilled: the prompt.
+        prefilled: the prompt, among others.
+        row: which of them it is.
         slot: where it goes.
         place: of the first token: the prompt's length.
         seen: bool [1, W]: tokens of the prompt.
         given: of this row.
     """
     weights = weights.turned_back()
-    hidden = prefilled.hidden[:, None]
+    count = degree("batch")  # rows that a mesh can split; alike, and the first counts
+
+    def rows(x: Array) -> Array:
+        return jnp.repeat(lax.dynamic_slice_in_dim(x, row, 1), count, axis=0)
+
+    hidden = rows(prefilled.hidden)[:, None]
     token, raw, drawn = sample(head(model, weights, hidden)[:1, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
     seen = seen.at[0, token[0]].set(True)
-    cache, proposal = prefilled.cache, None
+    cache, proposal = jax.tree.map(rows, prefilled.cache), None
     if state.draft is not None:
         following, position = (jnp.full(hidden.shape[:2], x, jnp.int32) for x in (token[0], place - 1))
         out, cache = draft(model, weights, hidden, following, position, cache)
         proposal, _, _ = sample(head(model, weights, out)[:1, 0], given, seen, jnp.ones(1, jnp.int32), draws)
 
-    def put(all_rows: Array, row: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(all_rows, row[:1].astype(all_rows.dtype), slot, axis=0)
+    def put(all_rows: Array, new: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(all_rows, new[:1].astype(all_rows.dtype), slot, axis=0)
 
     state = Slots(
         cache=jax.tree.map(put, state.cache, cache),

@@ -27,8 +27,10 @@ class Job:
             self.allowed &= np.asarray(request.allowed)
         self.entered = 0
         self.prefilled: Prefilled | None = None
+        self.row = 0
+        """Which of the prefilled prompts this one is."""
         self.experts: list[tuple[Any, int]] = []
-        """Of each chunk of the prompt, and how many rows of it count."""
+        """Of each chunk of the prompts, and how many tokens of it are this one's."""
 
 
 class Running:
@@ -79,6 +81,6 @@ class Running:
         if self._stream is not None:
             generation.text += self._stream.finish()
         if self.job.experts:
-            prompt = [chunk[:count] for chunk, count in jax.device_get(self.job.experts)]
+            prompt = [chunk[self.job.row, :count] for chunk, count in jax.device_get(self.job.experts)]
             new = self._experts[: max(len(generation.tokens) - 1, 0)]
             generation.experts = np.concatenate([*prompt, *(row[None] for row in new)])
