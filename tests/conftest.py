@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also keeps an installed libtpu from looking for a TPU
 _FLAGS = {"xla_force_host_platform_device_count": "8"}
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -10,3 +12,22 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}".strip()
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """transformers, quiet, on one thread of torch; a test that asks for it is skipped where the parity extra is missing."""
+    why = "needs the parity extra: pip install -e '.[parity]'"
+    pytest.importorskip("torch", reason=why).set_num_threads(1)
+    module = pytest.importorskip("transformers", minversion="5.23", reason=why)
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+@pytest.fixture(scope="module")
+def goldens(transformers):
+    """tests/golden/make_goldens.py as a module, under the same condition."""
+    from golden import make_goldens
+
+    return make_goldens

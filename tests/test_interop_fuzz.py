@@ -20,20 +20,6 @@ from deepseek_jax.interop.save import save_hf
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 COUNT = int(os.environ.get("DEEPSEEK_JAX_FUZZ", "1"))
-WHY = "needs the parity extra: pip install -e '.[parity]'"
-
-
-@pytest.fixture(scope="module")
-def goldens():
-    """tests/golden/make_goldens.py as a module."""
-    torch = pytest.importorskip("torch", reason=WHY)
-    pytest.importorskip("transformers", minversion="5.23", reason=WHY)
-    from golden import make_goldens
-
-    torch.set_num_threads(1)
-    make_goldens.transformers.logging.set_verbosity_error()
-    make_goldens.transformers.logging.disable_progress_bar()
-    return make_goldens
 
 
 def truth_of(goldens, config, folder, tokens):

@@ -15,17 +15,7 @@ from deepseek_jax.infer.sampling import Sampling
 from deepseek_jax.interop.load import load_hf
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
-WHY = "needs the parity extra: pip install -e '.[parity]'"
 NEW = 64
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch", reason=WHY).set_num_threads(1)
-    module = pytest.importorskip("transformers", minversion="5.23", reason=WHY)
-    module.logging.set_verbosity_error()
-    module.logging.disable_progress_bar()
-    return module
 
 
 def their_tokens(transformers, folder, prompt, **how) -> tuple[list[int], float]:

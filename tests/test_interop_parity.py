@@ -17,16 +17,6 @@ from deepseek_jax.interop.rewrite import rewrite_hf
 from deepseek_jax.interop.save import save_hf
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
-WHY = "needs the parity extra: pip install -e '.[parity]'"
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch", reason=WHY).set_num_threads(1)
-    module = pytest.importorskip("transformers", minversion="5.23", reason=WHY)
-    module.logging.set_verbosity_error()
-    module.logging.disable_progress_bar()
-    return module
 
 
 def drawn(kind: str, seed: int):

@@ -14,20 +14,6 @@ from parity import relative, with_target
 import deepseek_jax as dsj
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
-WHY = "needs the parity extra: pip install -e '.[parity]'"
-
-
-@pytest.fixture(scope="module")
-def goldens():
-    """tests/golden/make_goldens.py as a module."""
-    torch = pytest.importorskip("torch", reason=WHY)
-    pytest.importorskip("transformers", minversion="5.23", reason=WHY)
-    from golden import make_goldens
-
-    torch.set_num_threads(1)
-    make_goldens.transformers.logging.set_verbosity_error()
-    make_goldens.transformers.logging.disable_progress_bar()
-    return make_goldens
 
 
 def random_config(goldens, family: str, draw: np.random.Generator) -> dict:
