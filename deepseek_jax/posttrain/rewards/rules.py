@@ -35,9 +35,12 @@ def has_format(text: str) -> bool:
 def final_answer(text: str) -> str | None:
     """The one answer of a completion: what its answer tags hold, else the last \\boxed{…}; of that after the thoughts.
 
-    None where there is none, where there are several answer tags, or where it is longer than any answer.
+    None where there is none, where the thoughts do not end or begin again, where there are several answer tags, or where it
+    is longer than any answer.
     """
-    after = text.rsplit(THINK[1], 1)[-1]
+    after = text.split(THINK[1], 1)[-1]
+    if THINK[0] in after:
+        return None
     if ANSWER[0] in after:
         parts = after.split(ANSWER[0])
         if len(parts) != 2 or after.count(ANSWER[1]) != 1 or ANSWER[1] not in parts[1]:
