@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek_jax.config import require
 from deepseek_jax.posttrain.rewards import kinds as kinds_
-from deepseek_jax.posttrain.rewards import rules
+from deepseek_jax.posttrain.rewards import math_pool, rules
 from deepseek_jax.posttrain.rewards.item import Item, Outcome, Reward
 from deepseek_jax.posttrain.rewards.kinds import RewardKind, name_of
 from deepseek_jax.posttrain.tasks import Problem
@@ -193,6 +193,9 @@ def _opened(
 ) -> Reward:
     """The reward of one kind; what has to be closed goes onto the stack."""
     match kind:
+        case kinds_.Accuracy(verifier="math", seconds=seconds):
+            pool = stack.enter_context(math_pool.MathPool(workers, seconds))
+            return lambda items: math_pool.math_accuracy(pool, items)
         case kinds_.Accuracy(verifier=verifier):
             by_rule = {"exact": rules.accuracy, "plain": rules.plain_accuracy, "countdown": rules.countdown}
             return _each(lambda item: by_rule[verifier](item.problem, item.completion))
