@@ -26,11 +26,14 @@ class MoELayer(nn.Module):
     stddev: float
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context) -> tuple[Array, RouterStats]:
-        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`, and this layer's statistics without the layer dim."""
+    def __call__(self, x_BTD: Array, context: Context, recorded_BTX: Array | None = None) -> tuple[Array, RouterStats]:
+        """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`, and this layer's statistics without the layer dim.
+
+        `recorded_BTX`: experts to use instead of the router's choice, −1 where that stands.
+        """
         c, (B, T, D) = self.config, x_BTD.shape
         kwargs: dict[str, Any] = dict(param_dtype=self.param_dtype, stddev=self.stddev)
-        scores, indices, weights = Router(c, name="router", **kwargs)(x_BTD)
+        scores, indices, weights = Router(c, name="router", **kwargs)(x_BTD, recorded_BTX)
         dropped = jnp.zeros((), scores.dtype)
         if context.exempt is not None and c.capacity_factor is not None:
             affinity = jnp.take_along_axis(scores, indices, axis=-1)

@@ -50,6 +50,16 @@ def select_experts(scores_BTE: Array, bias_E: Array | None, config: MoE) -> Arra
     return lax.top_k(choice, config.num_experts_per_tok)[1]
 
 
+def replayed(indices_BTX: Array, recorded_BTX: Array) -> Array:
+    """The recorded choice of each token in place of its own; where the record has a −1, its own stays.
+
+    V3.2, section 3.1, "keep routing": an update runs the experts that the rollout ran. An index past the last expert
+    makes the gate's weight nan, so that a record of another model cannot pass.
+    """
+    known = (recorded_BTX >= 0).all(axis=-1, keepdims=True)
+    return jnp.where(known, recorded_BTX.astype(indices_BTX.dtype), indices_BTX)
+
+
 def gate_weights(scores_BTE: Array, indices_BTX: Array, config: MoE) -> Array:
     """g_i,t of the chosen experts, [B, T, X]: unbiased affinities, normalised where the member does so, scaled."""
     weights_BTX = jnp.take_along_axis(scores_BTE, indices_BTX, axis=-1)
@@ -66,8 +76,11 @@ class Router(nn.Module):
     stddev: float
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> tuple[Array, Array, Array]:
-        """Scores [B, T, E], indices [B, T, X], weights [B, T, X]; float32 or wider."""
+    def __call__(self, x_BTD: Array, recorded_BTX: Array | None = None) -> tuple[Array, Array, Array]:
+        """Scores [B, T, E], indices [B, T, X], weights [B, T, X]; float32 or wider.
+
+        The weights, and their gradient, are those of the scores at hand, whether the indices are their best or recorded.
+        """
         c = self.config
         w = weight(
             self, "w", (x_BTD.shape[-1], c.n_routed_experts), ("embed", "router"),
@@ -82,4 +95,6 @@ class Router(nn.Module):
             bias = box.value
         scores = affinities(x_BTD, w, c.scoring_func)
         indices = select_experts(scores, bias, c)
+        if recorded_BTX is not None:
+            indices = replayed(indices, recorded_BTX)
         return scores, indices, gate_weights(scores, indices, c)

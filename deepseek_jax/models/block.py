@@ -37,9 +37,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, context: Context, cache: LayerCache | None = None
+        self, x_BTD: Array, context: Context, cache: LayerCache | None = None, recorded_BTX: Array | None = None
     ) -> tuple[Array, tuple[RouterStats | None, LayerCache | None]]:
-        """[B, T, D] -> [B, T, D], the router's statistics of a MoE layer, and the cache with these tokens in it."""
+        """[B, T, D] -> [B, T, D], the router's statistics of a MoE layer, and the cache with these tokens in it.
+
+        `recorded_BTX`: experts that a MoE layer uses instead of its own choice, −1 where that stands.
+        """
         c = self.config
         kwargs: dict[str, Any] = dict(param_dtype=c.param_dtype, stddev=c.initializer_range)
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
@@ -52,7 +55,7 @@ class Block(nn.Module):
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
         if self.moe:
             assert isinstance(c.ffn, MoE)
-            out_BTD, stats = MoELayer(c.ffn, name="ffn", **kwargs)(normed, context)
+            out_BTD, stats = MoELayer(c.ffn, name="ffn", **kwargs)(normed, context, recorded_BTX)
             return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
         return x_BTD + checkpoint_name(SwiGLU(width, name="ffn", **kwargs)(normed), "block_ffn"), (None, cache)

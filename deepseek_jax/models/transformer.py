@@ -36,7 +36,9 @@ class DeepSeek(nn.Module):
         if c.num_dense_layers:
             self.dense_layers = stacked(Block, c, c.num_dense_layers, (nn.broadcast,))(c, moe=False)
         if c.num_moe_layers:
-            self.moe_layers = stacked(Block, c, c.num_moe_layers, (nn.broadcast,))(c, moe=True)
+            # The context, no cache, and each layer's own of the recorded experts [B, T, L, X].
+            in_axes = (nn.broadcast, nn.broadcast, 2)
+            self.moe_layers = stacked(Block, c, c.num_moe_layers, in_axes)(c, moe=True)
         self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
         if not c.tie_word_embeddings:
             self.head_weight = Head(c.vocab_size, c.hidden_size, name="head", **kwargs)
@@ -79,17 +81,25 @@ class DeepSeek(nn.Module):
         )
 
     def hidden(
-        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False
-    ) -> HiddenOutput:
-        """Everything before the head; arguments as in `__call__`."""
+        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False,
+        experts: Array | None = None,
+    ) -> HiddenOutput:  # fmt: skip
+        """Everything before the head; arguments as in `__call__`, and one more.
+
+        `experts`: integer [B, T, L, X], as the engine records them (`Generation.experts`): each token's experts in each of
+        the L MoE layers, in place of the routers' choice; gate weights and their gradients are the present router's. A
+        token with a −1 in a layer chooses there itself. Multi-token modules always choose.
+        """
         c = self.config
         context = self._context(tokens, positions, segment_ids, train)
+        if experts is not None:
+            experts = self._recorded(experts, tokens)
         x_BTD = self.embed(tokens)
         embedded_BTD, router = x_BTD, {}
         if c.num_dense_layers:
             x_BTD, _ = self.dense_layers(x_BTD, context)
         if c.num_moe_layers:
-            x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context)
+            x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context, None, experts)
         hidden_BTD = self.final_norm(x_BTD)
         depth = c.num_nextn_predict_layers
         mtp_hidden = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
@@ -118,6 +128,15 @@ class DeepSeek(nn.Module):
     def head_kernel(self) -> Array:
         """The head's weight [D, W], for losses that multiply by it in chunks."""
         return self.embed.embedding.T if self.config.tie_word_embeddings else self.head_weight()
+
+    def _recorded(self, experts: Array, tokens: Array) -> Array:
+        c = self.config
+        if not isinstance(c.ffn, MoE):
+            raise ValueError(f"experts = {experts.dtype} {experts.shape}: {c.name} has none")
+        shape = (*tokens.shape, c.num_moe_layers, c.ffn.num_experts_per_tok)
+        if experts.shape != shape or not jnp.issubdtype(experts.dtype, jnp.signedinteger):
+            raise ValueError(f"experts must be signed integers {shape}, not {experts.dtype} {experts.shape}")
+        return shard(experts, "batch", "length", "none", "none")
 
     def _no_depth(self, tokens: Array) -> Array:
         return jnp.zeros((0, *tokens.shape, self.config.vocab_size), jnp.promote_types(self.config.dtype, jnp.float32))
