@@ -206,7 +206,7 @@ def get_config():
         ("absent.py", None, "no such config file"),
         ("toy.json", "{}", "a config file is Python"),
         ("toy.py", "x = 1", "defines no get_config()"),
-        ("toy.py", "def get_config(): return {}", "get_config() returned a dict: must be a RunConfig"),
+        ("toy.py", "def get_config(): return {}", "get_config() returned a dict: must be a ToyRun"),
         ("toy.py", CHANGED.format(change="steps=True"), "ToyRun.steps = True (bool): must be int"),
         ("toy.py", CHANGED.format(change="steps=-3"), "ToyRun.steps = -3: must not be negative"),
     ],

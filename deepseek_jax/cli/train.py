@@ -1,48 +1,68 @@
-"""`deepseek-jax train CONFIG.py [--run-dir DIR] [--steps N] [--model.ffn.n-group G] …`
+"""`deepseek-jax train CONFIG.py [--run-dir DIR] [--steps N] [--model.ffn.n-group G] …`, and every verb like it.
 
-A config file is Python that defines `get_config() -> RunConfig`. Every field of the result, nested ones included, is a
-flag with the field's own type. The same command on the same run folder continues the run.
+A config file is Python that defines `get_config()`, which returns the verb's configuration: a `RunConfig` for `train`.
+Every field of it, nested ones included, is a flag with the field's own type. The same command on the same run folder
+continues the run.
 """
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-if TYPE_CHECKING:
-    from deepseek_jax.training import RunConfig
-
-_PROG = "deepseek-jax train"
+from typing import Annotated, Any
 
 
 def run(args: Sequence[str]) -> None:
     """Load the config file, apply the overrides, train."""
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        usage=f"{_PROG} CONFIG.py [--run-dir DIR] [--steps N] [--FIELD VALUE ...]",
-        description="Train from a config file, or continue the run in its folder.",
-        epilog=f"`{_PROG} CONFIG.py --help` lists every field of that config, with its type and value, as a flag.",
-    )
-    parser.add_argument("config", metavar="CONFIG.py", help="Python file that defines get_config() -> RunConfig")
-    # The first word alone: only the loaded config knows the flags that follow it.
-    path = Path(parser.parse_args(args[:1]).config)
-    config, run_dir = override(load_config(path), args[1:], run_dir=f"runs/{path.stem}")
+    run_verb("train", args, "Train from a config file, or continue the run in its folder.", _train)
 
+
+def _train() -> tuple[type, Callable[..., Any]]:
     import deepseek_jax as dsj
 
-    print(dsj.train(config, run_dir=run_dir).summary())
+    return dsj.RunConfig, dsj.train
 
 
-def load_config(path: Path) -> "RunConfig":
+def run_verb(
+    verb: str, args: Sequence[str], description: str, kind_and_function: Callable[[], tuple[type, Callable[..., Any]]]
+) -> None:
+    """A verb that takes a config file, its fields as flags, and a run folder; it prints the result's `summary()`.
+
+    Args:
+        verb: its name.
+        args: the words after it.
+        description: for --help.
+        kind_and_function: gives the configuration's class and `function(config, run_dir=…)`; called once they are needed.
+    """
+    prog = f"deepseek-jax {verb}"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} CONFIG.py [--run-dir DIR] [--FIELD VALUE ...]",
+        description=description,
+        epilog=f"`{prog} CONFIG.py --help` lists every field of that config, with its type and value, as a flag.",
+    )
+    parser.add_argument("config", metavar="CONFIG.py", help="Python file that defines get_config()")
+    # The first word alone: only the loaded config knows the flags that follow it.
+    path = Path(parser.parse_args(args[:1]).config)
+    kind, function = kind_and_function()
+    config, run_dir = override(load_config(path, kind), args[1:], run_dir=f"runs/{path.stem}", verb=verb)
+    print(function(config, run_dir=run_dir).summary())
+
+
+def load_config(path: Path, kind: type | None = None) -> Any:
     """The result of `get_config()` in the Python file `path`, its values checked against their annotations.
 
-    Raises `ValueError` for a missing file, one without `get_config`, or one that returns anything but a sound `RunConfig`.
+    Args:
+        path: the file.
+        kind: what the result must be; None: a `RunConfig`.
+
+    Raises `ValueError` for a missing file, one without `get_config`, or one that returns anything but a sound config.
     """
     from deepseek_jax.serialize import check_types
-    from deepseek_jax.training import RunConfig
 
+    if kind is None:
+        from deepseek_jax.training import RunConfig as kind
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     if path.suffix != ".py":
@@ -54,15 +74,15 @@ def load_config(path: Path) -> "RunConfig":
     spec.loader.exec_module(module)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise ValueError(f"{path}: defines no get_config(); a config file needs `def get_config() -> RunConfig`")
+        raise ValueError(f"{path}: defines no get_config(); a config file needs `def get_config() -> {kind.__name__}`")
     config = get_config()
-    if not isinstance(config, RunConfig):
-        raise ValueError(f"{path}: get_config() returned a {type(config).__name__}: must be a RunConfig")
+    if not isinstance(config, kind):
+        raise ValueError(f"{path}: get_config() returned a {type(config).__name__}: must be a {kind.__name__}")
     check_types(config)
     return config
 
 
-def override(config: "RunConfig", args: Sequence[str], run_dir: str, verb: str = "train") -> tuple["RunConfig", str]:
+def override(config: Any, args: Sequence[str], run_dir: str, verb: str = "train") -> tuple[Any, str]:
     """Apply command-line flags to `config`; returns it and the run folder (`run_dir` where no flag names one).
 
     Members of unions keep the kind that `config` gives them: an `MLA` has the flags of an `MLA`. An unknown flag or an
@@ -71,13 +91,11 @@ def override(config: "RunConfig", args: Sequence[str], run_dir: str, verb: str =
     """
     import tyro
 
-    from deepseek_jax.training import RunConfig
+    # The class is known at run time alone; no prefix: --steps, --model.name.
+    annotation: Any = Annotated[type(config), tyro.conf.arg(name="")]  # type: ignore
 
-    def command(
-        run_dir: str = run_dir,
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = config,  # no prefix: --steps, --model.name
-    ) -> tuple[RunConfig, str]:
-        """Train, or continue the run in its folder.
+    def command(run_dir: str = run_dir, config: annotation = config) -> tuple[Any, str]:  # type: ignore
+        """Begin a run, or continue the one in its folder.
 
         Args:
             run_dir: Folder of the run: manifest, metrics, checkpoints, plots.
