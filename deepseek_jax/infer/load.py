@@ -47,7 +47,7 @@ def open_model(path: str | PathLike[str], dtype: str | None = None) -> Loaded:
             f"{folder} has no tokenizer.json: put the model's tokenizer.json and tokenizer_config.json there"
         )
     tokenizer = load_tokenizer(folder)
-    template = _template(folder, tokenizer)
+    template = template_of(folder, tokenizer)
     wanted: Any = dtype or ("float32" if platform.target() == "cpu" else "bfloat16")
     if wanted not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {wanted!r}: must be 'float32', 'bfloat16' or 'float16'")
@@ -56,14 +56,25 @@ def open_model(path: str | PathLike[str], dtype: str | None = None) -> Loaded:
     return Loaded(model, variables, tokenizer, template)
 
 
-def _template(folder: Any, tokenizer: Any) -> Any:
-    """The family's own template that the folder wants, else the one that it carries."""
+def template_of(folder: Any, tokenizer: Any, name: str | None = None) -> Any:
+    """The chat template of that name; by default the one that a run's manifest names, or that a published checkpoint wants
+    or carries. None for a base model.
+
+    Raises: ValueError for an unknown name.
+    """
     from deepseek_jax.chat import find_template, get_template, load_folder_template
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = find_template({"name": folder.name, **config}, tokenizer)
+    manifest = folder / "manifest.json"
+    if name is None and manifest.exists():
+        name = json.loads(manifest.read_text(encoding="utf-8")).get("template")
+        if name is None:
+            return None
     if name is not None:
         return get_template(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = find_template({"name": folder.name, **config}, tokenizer)
+    if found is not None:
+        return get_template(found)
     try:
         return load_folder_template(folder)
     except ValueError:  # a base model
@@ -93,4 +104,5 @@ def load_run(run_dir: str | PathLike[str], step: int | None = None) -> Loaded:
         if step is None:
             raise ValueError(f"{run_dir} has no checkpoint yet: let the run reach its first one")
         variables, _ = store.restore_params(unbox(abstract_variables(config)), step)
-    return Loaded(DeepSeek(config), variables, load_tokenizer(run_dir / "tokenizer.json"), step=step)
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    return Loaded(DeepSeek(config), variables, tokenizer, template_of(run_dir, tokenizer), step=step)
