@@ -73,6 +73,38 @@ def test_an_update_equals_autodiff_through_whole_logits(kind):
     assert int(new.step) == 1 and metrics["kl"] > 0
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_pieces_and_stated_old_probabilities_change_nothing(ratio):
+    config = micro("v3", num_hidden_layers=2, num_nextn_predict_layers=0)
+    model, variables = dsj.DeepSeek(config), random_variables(config)
+    loss, optimizer = PolicyLoss(ratio=ratio, kl=0.1, clip_high=0.3, off_policy_mask=5.0), AdamW()
+    rollouts = _rollouts(config)
+    logp, _ = token_logprobs(model, variables, rollouts.tokens)
+
+    def updated(rollouts, pieces):
+        state = init_policy(optimizer, variables, reference=True)
+        return make_update(model, loss, optimizer, pieces=pieces)(state, rollouts, jnp.float32(1e-2))
+
+    whole, expected = updated(rollouts, 1)
+    for changed, pieces in ((rollouts, 2), (rollouts, 4), (replace(rollouts, old_logprobs=logp), 2)):
+        state, metrics = updated(changed, pieces)
+        for name in expected:
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        assert_trees_close(state.params, whole.params, rtol=2e-2)
+    _, shifted = updated(replace(rollouts, old_logprobs=logp - 1), 1)
+    assert shifted["clipped_high"] > 0.05 and shifted["ratio"] > 1.5
+
+
+def test_what_is_not_finite_is_not_applied():
+    config = micro("llm-gqa", num_hidden_layers=2)
+    state = init_policy(AdamW(), random_variables(config), reference=False)
+    before = jax.tree.map(jnp.array, state)
+    rollouts = replace(_rollouts(config), advantages=jnp.full((4, 1), jnp.nan))
+    after, metrics = make_update(dsj.DeepSeek(config), PolicyLoss(kl=0.0), AdamW())(state, rollouts, jnp.float32(1.0))
+    assert not metrics["applied"]
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 @pytest.mark.parametrize("kind", ["llm-gqa", "v3"])
 def test_sampler_and_trainer_have_the_same_probabilities(kind):
     """Cached decoding in slots against one padded forward pass; padding is the end token, which is learned nevertheless."""
@@ -128,15 +160,16 @@ def test_stale_and_missing_weights_are_seen():
     config = micro("v3", num_hidden_layers=2)
     model, variables = dsj.DeepSeek(config), random_variables(config)
     weights = unstack(model, variables)
-    require_same(weights, unstack(model, variables))
+    require_same(model, variables, weights)
+    require_same(model, variables, unstack(model, variables, few_rows=True))
     changed = jax.tree.map(jnp.array, variables)
     changed["params"]["moe_layers"]["attention"]["w_o"] = (
         changed["params"]["moe_layers"]["attention"]["w_o"].at[0, 0].add(1)
     )
     with pytest.raises(ValueError, match=r"1 of \d+ leaves of the sampler are not the trainer's, .*w_o"):
-        require_same(weights, unstack(model, changed))
+        require_same(model, changed, weights)
     with pytest.raises(ValueError, match="differ in their leaves"):
-        require_same(weights, replace(weights, mtp=()))
+        require_same(model, variables, replace(weights, mtp=()))
 
 
 def test_rows_that_do_not_fit_are_named():

@@ -40,7 +40,7 @@ class Engine:
     def __init__(
         self, model: DeepSeek, variables: Any, *, slots: int = 8, places: int = 1024, chunk: int = 256,
         decode_steps: int = 8, prefill_rows: int = 1, vocab_size: int | None = None, tokenizer: Any = None,
-        speculate: bool = False, record_experts: bool = False, consume: bool = False,
+        speculate: bool = False, record_experts: bool = False, record_kept: bool = False, consume: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -58,6 +58,7 @@ class Engine:
             tokenizer: gives `Generation.text`, and knows `Sampling.stop` by it.
             speculate: decode with the model's first multi-token module: the same tokens in fewer steps.
             record_experts: fill `Generation.experts`.
+            record_kept: fill `Generation.kept`: ⌈W / 8⌉ bytes a new token. Refuses a repetition penalty.
             consume: free `variables` while taking the copy.
 
         Raises:
@@ -89,15 +90,25 @@ class Engine:
         self.chunk = min(_power_of_two(chunk), places)
         self.vocab_size = min(choosable, config.vocab_size)
         self._rows = -(-prefill_rows // degree("batch")) * degree("batch")
-        self.speculate, self.record_experts = speculate, record_experts
+        self.speculate, self.record_experts, self.record_kept = speculate, record_experts, record_kept
         on_one_gpu = platform.target() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
-        few_rows = on_one_gpu and slots * (1 + speculate) <= FEW_ROWS
-        self.weights = None
-        if variables is not None:
-            self.weights = unstack(model, variables, few_rows=few_rows, consume=consume)
+        self._few_rows = on_one_gpu and slots * (1 + speculate) <= FEW_ROWS
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Running] = {}
         self._state: programs.Slots | None = None
+        self.weights = None
+        if variables is not None:
+            self.load(variables, consume=consume)
+
+    def load(self, variables: Any, *, consume: bool = False) -> None:
+        """Takes a copy of these variables, which generates from now on; `consume` frees them meanwhile.
+
+        Raises: ValueError while requests wait or run: what they have came from other weights.
+        """
+        if self.busy:
+            raise ValueError(f"{len(self._running)} requests run and {self.waiting} wait: let them end, or cancel them")
+        self.weights = None  # gone before the new ones come
+        self.weights = unstack(self.model, variables, few_rows=self._few_rows, consume=consume)
 
     @property
     def busy(self) -> bool:
@@ -170,8 +181,9 @@ class Engine:
             resting = np.array([slot not in self._running for slot in range(self.slots)])
             draws = max((r.job.request.sampling.draws for r in self._running.values()), key=DRAWS.index)
             self._state, out = programs.decode(
-                self.model, self.decode_steps, draws, self.record_experts, self.weights, self._state, resting
-            )
+                self.model, self.decode_steps, draws, self.record_experts, self.weights, self._state, resting,
+                record_kept=self.record_kept,
+            )  # fmt: skip
         firsts, out = jax.device_get((firsts, out))
         for slot, token in firsts.items():
             self._running[slot].take(*token)
@@ -208,8 +220,8 @@ class Engine:
 
     def _enter(self, slot: int, job: Job, sample: int) -> Any:
         sampling = job.request.sampling
-        self._state, *first = programs.enter(
-            self.model, sampling.draws, self.weights, self._state, job.prefilled, job.row, slot,
+        self._state, first = programs.enter(
+            self.model, sampling.draws, self.record_kept, self.weights, self._state, job.prefilled, job.row, slot,
             np.int32(len(job.prompt)), job.seen[None], settings([sampling], job.allowed[None], [sample], job.salt),
         )  # fmt: skip
         return first
@@ -259,7 +271,7 @@ class Engine:
     def _check(self, request: Request, name: str) -> None:
         check(
             request, name, vocabulary=self.model.config.vocab_size, choosable=self.vocab_size, places=self.places,
-            texts=self.tokenizer is not None,
+            texts=self.tokenizer is not None, kept=self.record_kept,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.posttrain.objective import PolicyLoss, PolicyMetrics, policy_loss
 from deepseek_jax.training.config import AdamW
+from deepseek_jax.training.guard import chosen
 from deepseek_jax.training.loss import cross_entropy_sum
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.types import Array
@@ -33,6 +34,8 @@ class Rollouts:
     """Float [B, T], or [B, 1] where a completion has one."""
     sampler_logprobs: Array
     """Float [B, T]: as the sampler reported, of the distribution that was sampled from."""
+    old_logprobs: Array | None = None
+    """Float [B, T]: under the policy that is updated from, by the trainer; None: it is the present one."""
 
 
 @struct.dataclass
@@ -113,12 +116,12 @@ Update = Callable[[PolicyState, Rollouts, Array], tuple[PolicyState, dict[str, A
 
 
 def make_update(
-    model: DeepSeek, loss: PolicyLoss, optimizer: AdamW, *, temperature: float = 1.0, chunk: int = 512
+    model: DeepSeek, loss: PolicyLoss, optimizer: AdamW, *, temperature: float = 1.0, chunk: int = 512, pieces: int = 1
 ) -> Update:
     """The jitted function `(state, rollouts, learning rate) -> (state, metrics)` of one update on the policy.
 
-    The policy is updated from itself: π_old is the state's own parameters, so the ratio is 1 and the gradient is that of
-    the advantages. The state's memory is reused.
+    Without `Rollouts.old_logprobs` the policy is updated from itself: π_old is the state's own parameters, so the ratio
+    is 1 and the gradient is that of the advantages. The state's memory is reused.
 
     Args:
         model: the model.
@@ -126,53 +129,85 @@ def make_update(
         optimizer: its constants.
         temperature: that the rollouts were sampled at.
         chunk: places of a sequence whose logits exist at once.
+        pieces: in how many the rollouts are worked off, one after the other; the update does not depend on it.
     """
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: PolicyState, rollouts: Rollouts, learning_rate: Array) -> tuple[PolicyState, dict[str, Any]]:
-        targets, mask = rollouts.tokens[:, 1:], rollouts.mask
-        reference = None
-        if loss.kl:
-            reference, _ = token_logprobs(
-                model, variables_of(state.reference, state.router), rollouts.tokens, temperature, chunk
-            )
+        mask = rollouts.mask
+        completions = jnp.maximum(mask.any(axis=1).sum(), 1)
+        count = jnp.maximum(mask.sum(), 1)
 
-        def objective(params: Any) -> tuple[Array, tuple[Array, PolicyMetrics, Array, Array]]:
-            variables = variables_of(params, state.router)
-            hidden = _hidden(model, variables, rollouts.tokens, temperature)
-            w_DW = model.apply(variables, method="head_kernel")
-            logp, entropy = lax.stop_gradient(_logprobs(hidden, w_DW, targets, chunk))
+        def piece(part: Rollouts) -> tuple[Any, dict[str, Array]]:
+            reference = None
+            if loss.kl:
+                reference, _ = token_logprobs(
+                    model, variables_of(state.reference, state.router), part.tokens, temperature, chunk
+                )
 
-            def of_logp(x: Array) -> tuple[Array, PolicyMetrics]:
-                return policy_loss(
-                    loss, x, logp, rollouts.advantages, mask, reference,
-                    None if loss.importance_cap is None else rollouts.sampler_logprobs,
-                )  # fmt: skip
+            def objective(params: Any) -> tuple[Array, tuple[Array, PolicyMetrics, Array, Array]]:
+                variables = variables_of(params, state.router)
+                hidden = _hidden(model, variables, part.tokens, temperature)
+                w_DW, targets = model.apply(variables, method="head_kernel"), part.tokens[:, 1:]
+                logp, entropy = lax.stop_gradient(_logprobs(hidden, w_DW, targets, chunk))
 
-            (value, metrics), slope = jax.value_and_grad(of_logp, has_aux=True)(logp)
-            # The chain rule by hand: Σ slope · log p has the loss's gradient, and its logits exist in chunks alone.
-            return cross_entropy_sum(hidden, w_DW, targets, -slope, chunk), (value, metrics, logp, entropy)
+                def of_logp(x: Array) -> tuple[Array, PolicyMetrics]:
+                    return policy_loss(
+                        loss, x, logp if part.old_logprobs is None else part.old_logprobs, part.advantages, part.mask,
+                        reference, None if loss.importance_cap is None else part.sampler_logprobs,
+                        completions=completions, tokens=count,
+                    )  # fmt: skip
 
-        grads, (value, metrics, logp, entropy) = jax.grad(objective, has_aux=True)(state.params)
-        grads = jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+                (value, metrics), slope = jax.value_and_grad(of_logp, has_aux=True)(logp)
+                # The chain rule by hand: Σ slope · log p has the loss's gradient, and its logits exist in chunks alone.
+                return cross_entropy_sum(hidden, w_DW, targets, -slope, chunk), (value, metrics, logp, entropy)
+
+            grads, (value, metrics, logp, entropy) = jax.grad(objective, has_aux=True)(state.params)
+            drift = jnp.where(part.mask, jnp.abs(logp - part.sampler_logprobs), 0)
+            share = part.mask.sum() / count  # of the tokens, for means over tokens
+            rows = part.mask.any(axis=1).sum() / completions
+            of_rows = rows if loss.ratio == "sequence" else share
+            return jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads), {
+                "loss": value,
+                "entropy": jnp.where(part.mask, entropy, 0).sum() / count,
+                "kl": metrics.kl * share,
+                "ratio": metrics.ratio * of_rows,
+                "clipped_low": metrics.clipped_low * of_rows,
+                "clipped_high": metrics.clipped_high * of_rows,
+                "off_policy_masked": metrics.masked * rows,
+                "sampler_drift_mean": drift.sum() / count,
+                "sampler_drift_max": drift.max(),
+            }
+
+        grads, metrics = _summed(piece, rollouts, pieces)
         updates, opt_state = make_optimizer(optimizer, lambda step: learning_rate).update(
             grads, state.opt_state, state.params
         )
+        norm = optax.tree.norm(grads)
+        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         new = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
-        count = jnp.maximum(mask.sum(), 1)
-        drift = jnp.where(mask, jnp.abs(logp - rollouts.sampler_logprobs), 0)
-        return new, {
-            "loss": value,
-            "grad_norm": optax.tree.norm(grads),
-            "entropy": jnp.where(mask, entropy, 0).sum() / count,
-            "kl": metrics.kl,
-            "clipped_low": metrics.clipped_low,
-            "clipped_high": metrics.clipped_high,
-            "off_policy_masked": metrics.masked,
-            "sampler_drift_mean": drift.sum() / count,
-            "sampler_drift_max": drift.max(),
-        }
+        return chosen(ok, new, state), {**metrics, "grad_norm": norm, "applied": ok}
 
     return update
+
+
+def _summed(piece: Callable[[Rollouts], Any], rollouts: Rollouts, pieces: int) -> tuple[Any, dict[str, Array]]:
+    """Gradients and metrics of all pieces: sums, and the largest drift."""
+    if pieces == 1:
+        return piece(rollouts)
+    if (rows := rollouts.tokens.shape[0]) % pieces:
+        raise ValueError(f"pieces = {pieces}: must divide the {rows} completions of an update")
+    parts = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rollouts)
+    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+
+    def add(carry: Any, part: Rollouts) -> tuple[Any, None]:
+        (grads, metrics), (more_grads, more) = carry, piece(part)
+        highest = {"sampler_drift_max": jnp.maximum(metrics["sampler_drift_max"], more["sampler_drift_max"])}
+        return (
+            jax.tree.map(jnp.add, grads, more_grads),
+            {name: metrics[name] + more[name] for name in metrics} | highest,
+        ), None
+
+    return lax.scan(add, piece(first), rest)[0]

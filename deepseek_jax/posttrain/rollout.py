@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.infer.requests import Generation
-from deepseek_jax.models.cached import LayerWeights
+from deepseek_jax.models.cached import LayerWeights, unstack
+from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.posttrain.policy import Rollouts
 from deepseek_jax.types import Array
 
@@ -55,28 +57,22 @@ def pack(
 
 
 def checksum(weights: LayerWeights) -> dict[str, int]:
-    """A number for each leaf of an engine's weights: the sum of its bits, modulo 2³², layers' leaves added up.
+    """A number for each leaf of an engine's weights, by its path: the sum of its bits, modulo 2³².
 
-    Two engines have the same numbers where they hold the same weights, in whatever layout.
+    The same weights have the same numbers in whatever layout.
     """
-    totals: dict[str, int] = {}
-    for name, part in (("ends", [weights.ends]), ("layers", weights.layers), ("mtp", weights.mtp)):
-        for number, tree in enumerate(part):
-            for path, leaf in jax.tree.leaves_with_path(tree):
-                key = f"{name}/{number}{jax.tree_util.keystr(path)}"
-                totals[key] = int(_bits(leaf))
-    return totals
+    return _named(_bits(weights))
 
 
-@jax.jit
-def _bits(leaf: Array) -> Array:
-    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).sum(dtype=jnp.uint32)
+def require_same(model: DeepSeek, variables: Any, weights: LayerWeights) -> None:
+    """Raises ValueError, naming leaves, where a sampler's weights are not the trainer's: stale, zeroed or missing.
 
-
-def require_same(trainer: LayerWeights, sampler: LayerWeights) -> None:
-    """Raises ValueError, naming leaves, where the sampler's weights are not the trainer's: stale, zeroed or missing."""
-    ours, theirs = checksum(trainer), checksum(sampler)
+    Args:
+        model: the model.
+        variables: of the trainer.
+        weights: of the sampler: what `unstack` made of some variables.
+    """
+    ours, theirs = _named(_bits_unstacked(model, variables)), checksum(weights)
     if missing := sorted(ours.keys() ^ theirs.keys()):
         raise ValueError(f"the sampler and the trainer differ in their leaves: {', '.join(missing[:5])}")
     if stale := [name for name in ours if ours[name] != theirs[name]]:
@@ -84,3 +80,21 @@ def require_same(trainer: LayerWeights, sampler: LayerWeights) -> None:
             f"{len(stale)} of {len(ours)} leaves of the sampler are not the trainer's, {', '.join(stale[:3])} among them: "
             f"give the sampler the new weights before it generates"
         )
+
+
+def _named(bits: Any) -> dict[str, int]:
+    return {jax.tree_util.keystr(path): int(x) for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(bits))}
+
+
+@jax.jit
+def _bits(tree: Any) -> Any:
+    def one(leaf: Array) -> Array:
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+        return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+@partial(jax.jit, static_argnums=0)
+def _bits_unstacked(model: DeepSeek, variables: Any) -> Any:
+    return _bits(unstack(model, variables))
