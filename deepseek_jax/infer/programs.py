@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from deepseek_jax.infer.sampling import Draws, Settings, sample
+from deepseek_jax.infer.sampling import Draws, Settings, sample, sample_recorded
 from deepseek_jax.models.cached import Cache, LayerWeights, draft, extend, head, init_cache
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import degree
@@ -65,6 +65,8 @@ class Decoded:
     """Int32 [steps, B]: how many of the J count."""
     experts: Array | None
     """Int16 [steps, L, B, J, X]: experts of the tokens run; the j-th counts where `counts` is more than j."""
+    kept: Array | None
+    """Uint8 [steps, B, J, ⌈W / 8⌉]: what each token was drawn from, as `sample_recorded` has it."""
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
@@ -99,16 +101,18 @@ def prefill(
     return hidden[jnp.arange(len(last)), last], cache, experts
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def enter(
-    model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, prefilled: Prefilled, row: Array, slot: Array,
-    place: Array, seen: Array, given: Settings,
-) -> tuple[Slots, Array, Array, Array]:  # fmt: skip
-    """A prefilled prompt goes into its slot; the first token of its continuation and both log-probabilities.
+    model: DeepSeek, draws: Draws, record_kept: bool, weights: LayerWeights, state: Slots, prefilled: Prefilled,
+    row: Array, slot: Array, place: Array, seen: Array, given: Settings,
+) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
+    """A prefilled prompt goes into its slot; the first token of its continuation, both log-probabilities, and what it was
+    drawn from where that is recorded.
 
     Args:
         model: the model.
         draws: what this request draws from.
+        record_kept: whether the tokens are told that it could have drawn.
         weights: of the model.
         state: of all slots.
         prefilled: the prompt, among others.
@@ -125,7 +129,8 @@ def enter(
         return jnp.repeat(lax.dynamic_slice_in_dim(x, row, 1), count, axis=0)
 
     hidden = rows(prefilled.hidden)[:, None]
-    token, raw, drawn = sample(head(model, weights, hidden)[:1, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
+    first = sample_recorded(head(model, weights, hidden)[:1, 0], given, seen, jnp.zeros(1, jnp.int32), draws)
+    token = first[0]
     seen = seen.at[0, token[0]].set(True)
     cache, proposal = jax.tree.map(rows, prefilled.cache), None
     if state.draft is not None:
@@ -145,13 +150,14 @@ def enter(
         given=jax.tree.map(put, state.given, given),
         draft=None if state.draft is None or proposal is None else put(state.draft, proposal),
     )
-    return state, token[0], raw[0], drawn[0]
+    return state, tuple(x[0] for x in first[: 3 + record_kept])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="record_kept", donate_argnums=5)
 def decode(
-    model: DeepSeek, steps: int, draws: Draws, record_experts: bool, weights: LayerWeights, state: Slots, resting: Array
-) -> tuple[Slots, Decoded]:
+    model: DeepSeek, steps: int, draws: Draws, record_experts: bool, weights: LayerWeights, state: Slots, resting: Array,
+    *, record_kept: bool = False,
+) -> tuple[Slots, Decoded]:  # fmt: skip
     """`steps` steps of every slot, one token a step, or one and a draft where the slots hold drafts.
 
     Args:
@@ -162,6 +168,7 @@ def decode(
         weights: of the model.
         state: of all slots.
         resting: bool [B]: slots without a request.
+        record_kept: whether the tokens are told that each step could have drawn.
     """
     places = jax.tree.leaves(state.cache)[0].shape[2]
     one = _plain if state.draft is None else _speculative
@@ -172,7 +179,7 @@ def decode(
             out = replace(out, experts=None)
         elif out.experts is not None:
             out = replace(out, experts=out.experts.astype(jnp.int16))
-        return state, out
+        return state, out if record_kept else replace(out, kept=None)
 
     return lax.scan(step, replace(state, place=jnp.where(resting, places, state.place)), None, length=steps)
 
@@ -180,12 +187,13 @@ def decode(
 def _plain(model: DeepSeek, draws: Draws, weights: LayerWeights, state: Slots, places: int) -> tuple[Slots, Decoded]:
     rows = jnp.arange(state.token.shape[0])
     hidden, cache, experts = extend(model, weights, state.token[:, None], state.place[:, None], state.cache)
-    token, raw, drawn = sample(head(model, weights, hidden)[:, 0], state.given, state.seen, state.step, draws)
+    logits = head(model, weights, hidden)[:, 0]
+    token, raw, drawn, kept = sample_recorded(logits, state.given, state.seen, state.step, draws)
     state = replace(
         state, cache=cache, token=token, place=state.place + 1, step=state.step + 1,
         seen=state.seen.at[rows, token].set(True),
     )  # fmt: skip
-    return state, Decoded(token[:, None], raw[:, None], drawn[:, None], jnp.ones_like(token), experts)
+    return state, Decoded(token[:, None], raw[:, None], drawn[:, None], jnp.ones_like(token), experts, kept[:, None])
 
 
 def _speculative(
@@ -197,10 +205,10 @@ def _speculative(
     positions = state.place[:, None] + jnp.arange(2)
     hidden, cache, experts = extend(model, weights, tokens, positions, state.cache)
     logits = head(model, weights, hidden)
-    first, *of_first = sample(logits[:, 0], state.given, state.seen, state.step, draws)
+    first, *of_first = sample_recorded(logits[:, 0], state.given, state.seen, state.step, draws)
     accepted = first == state.draft
     seen = state.seen.at[rows, first].set(True)
-    second, *of_second = sample(logits[:, 1], state.given, seen, state.step + 1, draws)
+    second, *of_second = sample_recorded(logits[:, 1], state.given, seen, state.step + 1, draws)
     seen = seen.at[rows, jnp.where(accepted, second, first)].set(True)
     count = 1 + accepted.astype(jnp.int32)
     # Where the draft was wrong, its row says nothing: the module's cache does not take it, and the model's own cache
@@ -213,7 +221,7 @@ def _speculative(
         state, cache=cache, token=jnp.where(accepted, second, first), place=state.place + count,
         step=state.step + count, seen=seen, draft=proposal,
     )  # fmt: skip
-    tokens, raw, drawn = (
+    tokens, raw, drawn, kept = (
         jnp.stack(pair, axis=1) for pair in zip((first, *of_first), (second, *of_second), strict=True)
     )
-    return state, Decoded(tokens, raw, drawn, count, experts)
+    return state, Decoded(tokens, raw, drawn, count, experts, kept)

@@ -33,6 +33,9 @@ class Generation:
     experts: np.ndarray | None = field(default=None, compare=False)
     """Int16 [prompt + new tokens − 1, L, X], at the end, with `record_experts`: the experts of every token that was run
     (the last new one was not), in each MoE layer."""
+    kept: np.ndarray | None = field(default=None, compare=False)
+    """Uint8 [new tokens, ⌈W / 8⌉], at the end, with `record_kept`: the tokens that each new one was drawn from, as
+    `Sampling` and `Request.allowed` left them; bit i of byte j is for token 8 j + i."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +50,9 @@ class Request:
     """Bool [vocabulary]: the tokens that may be chosen; None: all."""
 
 
-def check(request: Request, name: str, *, vocabulary: int, choosable: int, places: int, texts: bool) -> None:
+def check(
+    request: Request, name: str, *, vocabulary: int, choosable: int, places: int, texts: bool, kept: bool
+) -> None:
     """Refuses what an engine cannot do, before anything runs.
 
     Args:
@@ -57,6 +62,7 @@ def check(request: Request, name: str, *, vocabulary: int, choosable: int, place
         choosable: ids below this may be chosen.
         places: tokens that a slot holds.
         texts: whether the engine has a tokenizer.
+        kept: whether the engine records what tokens are drawn from.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, one that does not fit a slot, or an impossible wish.
@@ -79,6 +85,12 @@ def check(request: Request, name: str, *, vocabulary: int, choosable: int, place
         raise ValueError(f"samples = {request.samples} of {name}: must be at least 1")
     if sampling.stop and not texts:
         raise ValueError(f"stop = {sampling.stop} of {name}: texts need an engine with a tokenizer")
+    if kept and sampling.repetition_penalty != 1:
+        # The set would be told, but not how the penalty moved the probabilities in it.
+        raise ValueError(
+            f"repetition_penalty = {sampling.repetition_penalty} of {name}: must be 1 with record_kept, whose sets make the "
+            f"distribution that was sampled from out of the model's at one temperature"
+        )
     if request.allowed is not None:
         allowed = np.asarray(request.allowed)
         if allowed.shape != (vocabulary,) or allowed.dtype != bool:

@@ -39,6 +39,7 @@ class Running:
     def __init__(self, job: Job, generation: Generation, tokenizer: Any):
         self.job, self.generation = job, generation
         self._experts: list[np.ndarray] = []
+        self._kept: list[np.ndarray] = []
         self._stream: Any = None
         if tokenizer is not None:
             from deepseek_jax.data.stream import TextStream
@@ -47,6 +48,7 @@ class Running:
 
     def collect(self, out: Any, slot: int, *, drafts: bool) -> None:
         """Takes what some steps gave the slot (`programs.Decoded`, on the host), up to the generation's end."""
+        columns = [c for c in (out.tokens, out.logprobs, out.sampled_logprobs, out.kept) if c is not None]
         for step in range(out.tokens.shape[0]):
             count = int(out.counts[step, slot])
             if self.generation.finish_reason is None and out.experts is not None:
@@ -55,16 +57,18 @@ class Running:
                 if self.generation.finish_reason is not None:
                     return
                 self.generation.accepted += j
-                self.take(*(column[step, slot, j] for column in (out.tokens, out.logprobs, out.sampled_logprobs)))
+                self.take(*(column[step, slot, j] for column in columns))
                 if j == 0 and drafts and self.generation.finish_reason is None:  # a draft that can still be of use
                     self.generation.drafts += 1
 
-    def take(self, token: Any, logprob: Any, sampled_logprob: Any) -> None:
+    def take(self, token: Any, logprob: Any, sampled_logprob: Any, kept: Any = None) -> None:
         """Adds a token, and ends the generation where it was the last."""
         generation, sampling = self.generation, self.job.request.sampling
         generation.tokens.append(int(token))
         generation.logprobs.append(float(logprob))
         generation.sampled_logprobs.append(float(sampled_logprob))
+        if kept is not None:
+            self._kept.append(kept)
         stopped = int(token) in sampling.stop_ids
         if self._stream is not None and not stopped:
             generation.text += self._stream.push([int(token)])
@@ -75,7 +79,7 @@ class Running:
             self.end("length")
 
     def end(self, reason: Literal["stop", "length", "cancelled"]) -> None:
-        """Ends the generation: its text and experts are whole now."""
+        """Ends the generation: its text and records are whole now."""
         generation = self.generation
         generation.finish_reason = reason
         if self._stream is not None:
@@ -84,3 +88,5 @@ class Running:
             prompt = [chunk[self.job.row, :count] for chunk, count in jax.device_get(self.job.experts)]
             new = self._experts[: max(len(generation.tokens) - 1, 0)]
             generation.experts = np.concatenate([*prompt, *(row[None] for row in new)])
+        if self._kept:
+            generation.kept = np.stack(self._kept)

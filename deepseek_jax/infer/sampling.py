@@ -128,13 +128,25 @@ def sample(
         Tokens int32 [B]; their log-probabilities under the model as it is (temperature 1, all allowed tokens) and under
         the distribution that was sampled from (0 for a row with temperature 0), float32 [B], nats.
     """
+    token, raw, sampled_from, _ = sample_recorded(logits_BW, given, seen_BW, step_B, draws)
+    return token, raw, sampled_from
+
+
+def sample_recorded(
+    logits_BW: Array, given: Settings, seen_BW: Array, step_B: Array, draws: Draws
+) -> tuple[Array, Array, Array, Array]:
+    """As `sample`, and the tokens that each row could have drawn: uint8 [B, ⌈W / 8⌉], bit i of byte j for token 8 j + i.
+
+    A row with temperature 0 could have drawn the one alone that it took. What does not want the sets costs nothing, once
+    compiled.
+    """
     W = logits_BW.shape[-1]
     logits = jnp.where(given.allowed, logits_BW, -jnp.inf)
     raw = jax.nn.log_softmax(logits, axis=-1)
     penalty = given.repetition_penalty[:, None]
     logits = jnp.where(seen_BW, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     chosen = jnp.argmax(logits, axis=-1)
-    sampled_from = jnp.zeros_like(raw[:, 0])
+    sampled_from, could_BW = jnp.zeros_like(raw[:, 0]), False
     if draws != "nothing":
         greedy = given.temperature == 0
         kept = logits / jnp.where(greedy, 1, given.temperature)[:, None]
@@ -147,7 +159,9 @@ def sample(
         chosen = jnp.where(greedy, chosen, drawn)
         of_chosen = jnp.take_along_axis(kept, chosen[:, None], axis=-1)[:, 0]
         sampled_from = jnp.where(greedy, 0, of_chosen)
-    return chosen.astype(jnp.int32), jnp.take_along_axis(raw, chosen[:, None], axis=-1)[:, 0], sampled_from
+        could_BW = ~greedy[:, None] & (kept > -jnp.inf)
+    bits = jnp.packbits(could_BW | (jnp.arange(W) == chosen[:, None]), axis=-1, bitorder="little")
+    return chosen.astype(jnp.int32), jnp.take_along_axis(raw, chosen[:, None], axis=-1)[:, 0], sampled_from, bits
 
 
 def _truncated(logits_BW: Array, given: Settings) -> Array:
