@@ -112,9 +112,10 @@ class Code:
     """The share of the tests that pass, or 1 only where all do."""
     required: bool = True
     """Whether a problem without tests counts as failed; False, for mixtures of tasks: it scores 0."""
-    seconds: float = 4.0
-    """Wall time."""
-    cpu_seconds: int = 3
+    seconds: float = 10.0
+    """Wall time: what ends a program that sleeps. A machine that is busy should not decide what is right, so leave room."""
+    cpu_seconds: int = 4
+    """Processor time of each process: what ends a program that computes on and on."""
     memory_mb: int = 512
     """Address space of each process."""
     processes: int = 4
@@ -123,7 +124,7 @@ class Code:
     """What may be written to the temporary folder, and to one file."""
     output_kb: int = 256
     """What may be printed."""
-    budget: float = 30.0
+    budget: float = 60.0
     """Wall seconds of all tests of a completion together; tests after them count as not passed."""
     weight: float = 1.0
     name: str | None = None

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config import require
+from deepseek_jax.posttrain.rewards import code, math_pool, rules
 from deepseek_jax.posttrain.rewards import kinds as kinds_
-from deepseek_jax.posttrain.rewards import math_pool, rules
 from deepseek_jax.posttrain.rewards.item import Item, Outcome, Reward
 from deepseek_jax.posttrain.rewards.kinds import RewardKind, name_of
+from deepseek_jax.posttrain.rewards.sandbox import Sandbox
 from deepseek_jax.posttrain.tasks import Problem
 
 OpenModel = Callable[[str], Callable[[list[Item]], Sequence[float]]]
@@ -205,6 +206,9 @@ def _opened(
             return _each(lambda item: rules.language_share(item.completion, language))
         case kinds_.Overlong(limit=limit, buffer=buffer):
             return _each(lambda item: rules.overlong_penalty(item.tokens, limit, buffer))
+        case kinds_.Code():
+            sandbox = stack.enter_context(Sandbox(code.limits_of(kind), allow_unsafe=allow_unsafe_code))
+            return stack.enter_context(code.CodeReward(kind, sandbox, workers))
         case kinds_.Custom(function=where):
             function = _found(where)
             return _each(lambda item: function(item.problem, item.completion))
