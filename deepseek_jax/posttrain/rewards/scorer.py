@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config import require
-from deepseek_jax.posttrain.rewards import code, math_pool, rules
+from deepseek_jax.posttrain.rewards import code, judge, math_pool, rules
 from deepseek_jax.posttrain.rewards import kinds as kinds_
 from deepseek_jax.posttrain.rewards.item import Item, Outcome, Reward
 from deepseek_jax.posttrain.rewards.kinds import RewardKind, name_of
@@ -209,6 +209,8 @@ def _opened(
         case kinds_.Code():
             sandbox = stack.enter_context(Sandbox(code.limits_of(kind), allow_unsafe=allow_unsafe_code))
             return stack.enter_context(code.CodeReward(kind, sandbox, workers))
+        case kinds_.Judge():
+            return stack.enter_context(judge.JudgeReward(kind))
         case kinds_.Custom(function=where):
             function = _found(where)
             return _each(lambda item: function(item.problem, item.completion))
