@@ -60,24 +60,24 @@ def test_a_tower_of_powers_is_stopped():
     begin = time.monotonic()
     with open_rewards([Accuracy(verifier="math", seconds=0.5)], workers=1) as scorer:
         started = time.monotonic() - begin
-        answers = [TOWER, "42", TOWER, "6 \\cdot 7"]
+        answers = [TOWER, "42"]
         scores = scorer.score([item("42", TAGGED.format(answer)) for answer in answers])
-        assert scores.total.tolist()[:3] == [0, 1, 0] and scores.failed.tolist()[:3] == [True, False, True]
-        assert scores.failures["accuracy: over 0.5 s, its process was killed"] >= 2
+        assert scores.total.tolist() == [0, 1] and scores.failed.tolist() == [True, False]
+        assert scores.failures == {"accuracy: over 0.5 s, its process was killed": 1}
         with pytest.raises(RewardsFailed, match="for any of 1 completions; 1 times: accuracy: over 0.5 s"):
             scorer.score([item("42", TAGGED.format(TOWER))])
-    assert time.monotonic() - begin < 3 * (0.5 + pools._GRACE) + 6 * started + 5
+    assert time.monotonic() - begin < 2 * (0.5 + pools._GRACE) + 4 * started + 5
 
 
 def test_a_tower_is_stopped_by_the_limit_alone():
-    """What the test above shows is the limit's doing: this child, given six times the time, still works at its end."""
+    """What the test above shows is the limit's doing: this child, given four times the time, still works at its end."""
     pytest.importorskip("math_verify", reason="the extra `math`")
-    child = pools._Child(3.0)
+    child = pools._Child(2.0)
     child.wait_until_ready()
     begin = time.monotonic()
-    with pytest.raises(pools._Died, match="over 3 s"):
+    with pytest.raises(pools._Died, match="over 2 s"):
         child.ask("42", TOWER)
-    assert 3 <= time.monotonic() - begin < 3 + pools._GRACE + 2 and gone(child.pid)
+    assert 2 <= time.monotonic() - begin < 2 + pools._GRACE + 2 and gone(child.pid)
 
 
 def gone(pid):
