@@ -45,6 +45,8 @@ class Data:
     held_out: dict[str, TokenSource]
     fingerprint: str
 
+    template = None  # documents are no conversations
+
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
         """Source -> reason -> how many of its files or records were left out."""

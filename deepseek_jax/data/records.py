@@ -71,7 +71,7 @@ def read(source: Source, skip: Skip) -> Iterator[tuple[str, str]]:
         neither prepared nor to be had.
     """
     if isinstance(source, Tfds):
-        shards = [(f"{source.dataset}:{source.split}", _tfds(source))]
+        shards = [(f"{source.dataset}:{source.split}", _tfds_texts(source))]
     else:
         reader: Any = {Jsonl: _jsonl, Parquet: _parquet, ArrayRecord: _array_record}[type(source)]
         shards = [(str(file), reader(source, file)) for file in files_of(source)]
@@ -182,7 +182,17 @@ def _array_record(source: ArrayRecord, file: Path) -> Iterator[tuple[int, Any]]:
             reader.close()
 
 
-def _tfds(source: Tfds) -> Iterator[tuple[int, Any]]:
+def _tfds_texts(source: Tfds) -> Iterator[tuple[int, Any]]:
+    for number, record in read_tfds(source):
+        if source.field not in record:
+            raise ValueError(
+                f"Tfds.dataset = {source.dataset!r}: there is no field={source.field!r}; the features are {sorted(record)}"
+            )
+        yield number, record[source.field]
+
+
+def read_tfds(source: Tfds) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, features) of each example of a split. Raises: ValueError for a dataset that is not to be had."""
     what = f"Tfds.dataset = {source.dataset!r}"
     builder = _builder(source)
     try:
@@ -194,9 +204,7 @@ def _tfds(source: Tfds) -> Iterator[tuple[int, Any]]:
     for start in range(0, len(records), _AT_ONCE):
         rows = range(start, min(start + _AT_ONCE, len(records)))
         for number, record in zip(rows, records.__getitems__(list(rows)), strict=True):  # type: ignore[attr-defined]
-            if source.field not in record:
-                raise ValueError(f"{what}: there is no field={source.field!r}; the features are {sorted(record)}")
-            yield number + 1, record[source.field]
+            yield number + 1, record
 
 
 def _builder(source: Tfds) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,11 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax import storage
+from deepseek_jax.chat.data import ChatData
+from deepseek_jax.chat.dataset import Chats, keep_tokenizer, load_chats
 from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, new_state
@@ -20,6 +24,20 @@ _PINNED = (
     "model", "schedule", "optimizer", "batch_size", "seq_len", "accumulation", "batch_ramp", "train_tokens",
     "mtp_loss_weight", "bias_update_speed", "ema_decay", "spike_skip", "seed",
 )  # fmt: skip
+
+
+def load_data(config: RunConfig, run_dir: Any, *, progress: bool = True, loaded: Any = None) -> Data | Chats:
+    """What the run reads, by the kind of its `data`; `loaded` where that is it, read before by `dsj.sft`.
+
+    Raises: ValueError as `data.dataset.load` and `chat.dataset.load_chats`.
+    """
+    if loaded is not None and loaded.config == config.data and loaded.train[0]["tokens"].size == config.seq_len + 1:
+        keep_tokenizer(loaded.tokenizer, run_dir / "tokenizer.json", loaded.config.tokenizer)
+        return loaded
+    options: Any = {"model_vocab_size": config.model.vocab_size, "progress": progress}
+    if isinstance(config.data, ChatData):
+        return load_chats(config.data, config.seq_len, run_dir, **options)
+    return load(config.data, config.seq_len, run_dir, **options)
 
 
 def resume(
@@ -120,10 +138,23 @@ def _weights_of(
         leaves.require_equal(*records, where=f"{what}: the model in config.json")
         say(f"weights of the published checkpoint {source}")
         return weights["params"], weights.get("router", {})
+    saved_as = _param_dtype(source)
+    stored = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, saved_as or leaf.dtype, sharding=leaf.sharding), wanted["params"]
+    )
     with Store(source / "checkpoints", read_only=True) as store:
         step = store.latest_good(config.verify_checkpoints, say)
         if step is None:
             raise ValueError(f"{what} has no finished checkpoint: give the folder of a run that has one")
-        weights, _ = store.restore_params(wanted, step)
+        weights, _ = store.restore_params(wanted | {"params": stored}, step)
     say(f"weights of step {step} of {source}")
-    return weights["params"], weights.get("router", {})
+    params = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), weights["params"], wanted["params"])
+    return params, weights.get("router", {})
+
+
+def _param_dtype(run_dir: Any) -> Any:
+    """What a run keeps its parameters in; None where its manifest does not say."""
+    manifest = run_dir / "manifest.json"
+    if not manifest.exists():
+        return None
+    return json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"].get("param_dtype")

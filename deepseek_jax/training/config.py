@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deepseek_jax.chat.data import ChatData
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -64,7 +65,8 @@ class RunConfig:
     train_tokens: int | None = None
     """Tokens that the schedule is laid out for; None: those of all steps."""
     batch_ramp: BatchRamp | None = None
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig | ChatData = field(default_factory=DataConfig)
+    """Documents, or conversations to learn answers from (`dsj.sft` makes the run of these)."""
     optimizer: AdamW = field(default_factory=AdamW)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     accumulation: int = 1
@@ -187,6 +189,9 @@ class RunConfig:
         depth = self.model.num_nextn_predict_layers
         check(self.seq_len > depth + 1, "seq_len", f"must exceed the depth of multi-token prediction = {depth} by 2")
         check(
-            self.data.tokenizer is not None or self.data.vocab_size <= self.model.vocab_size, "data",
+            isinstance(self.data, ChatData)
+            or self.data.tokenizer is not None
+            or self.data.vocab_size <= self.model.vocab_size,
+            "data",
             f"vocab_size must not exceed the model's vocab_size = {self.model.vocab_size}",
         )  # fmt: skip

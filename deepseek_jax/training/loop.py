@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from deepseek_jax import storage
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.data.dataset import load
 from deepseek_jax.metrics.adapters import check_writers, open_writers
 from deepseek_jax.metrics.flops import mfu, peak_flops, train_flops_per_token
 from deepseek_jax.metrics.manifest import write_manifest
@@ -24,7 +23,7 @@ from deepseek_jax.metrics.writer import JsonlWriter, plain, read_jsonl, with_flo
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.serialize import check_types, to_dict
-from deepseek_jax.training.begin import fresh, pinned_fields, resume
+from deepseek_jax.training.begin import fresh, load_data, pinned_fields, resume
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.devices import check_precision, fit_dtype
 from deepseek_jax.training.evaluate import make_evaluation
@@ -37,8 +36,10 @@ from deepseek_jax.training.trouble import NotFinite, SaveFailed, SkipWatch
 from deepseek_jax.training.watchdog import Watchdog
 
 
-def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool = True) -> Run:
+def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool = True, data: Any = None) -> Run:
     """Train, or continue the run in `run_dir` from its last good checkpoint.
+
+    `data` may be what `config.data` gives, where it is loaded already.
 
     The folder holds manifest.json, tokenizer.json, metrics.jsonl (a line a logged step), checkpoints/, plots/,
     samples.jsonl and report.html.
@@ -67,7 +68,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
         if message:
             say(message)
         abstract_state(config, mesh)  # checks that the mesh divides every parameter, before anything long
-        data = load(config.data, config.seq_len, run_dir, model_vocab_size=config.model.vocab_size, progress=progress)
+        data = load_data(config, run_dir, progress=progress, loaded=data)
         check_prompts(config, data.tokenizer)
         with use_mesh(mesh):
             loop = _run_to_end(config, run_dir, mesh, data, interrupt, watchdog, lock, progress)
@@ -163,7 +164,8 @@ class _Loop:
             )
         if jax.process_index() == 0:
             facts = {"seeds": {"run": self.config.seed}, "mesh": dict(self.mesh.shape), "data": self.data.summary()}
-            write_manifest(self.run_dir, to_dict(self.config), {**facts, "from_step": self.step})
+            facts |= {"template": self.data.template, "from_step": self.step}
+            write_manifest(self.run_dir, to_dict(self.config), facts)
 
     def run(self, bar: Progress) -> None:
         """Steps to the end."""
