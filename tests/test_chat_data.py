@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from chat_tokenizer import chat_tokenizer
 
-from deepseek_jax.chat import get_template
+from deepseek_jax.chat import TOKENS, get_template
 from deepseek_jax.chat.data import ChatData, ChatJsonl, ChatParquet, Messages, MultipleChoice, PromptResponse
 from deepseek_jax.chat.dataset import load_chats
 from deepseek_jax.chat.packing import ChatWindows, Encodings, best_fit
 from deepseek_jax.chat.rows import LeftOut, conversation_of, encode_conversation
-from deepseek_jax.data.tokenizer import PAD_TOKEN, Tokenizer
+from deepseek_jax.data import DataConfig, TextFiles, load
+from deepseek_jax.data.tokenizer import PAD_TOKEN, Tokenizer, byte_tokenizer, load_tokenizer, with_tokens
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -306,3 +307,35 @@ def test_held_out_by_question_and_fingerprints(tmp_path, tokenizer_file):
     others: list[dict[str, Any]] = [{}, {"template": "llm"}, {"packing": False}, {"seq_len": 40}, {"train_on": "last"}]
     changed = [chats(path, tokenizer_file, held_out_fraction=0.2, **fields).fingerprint for fields in others]
     assert len(set(changed)) == 4 and changed[0] == changed[4] == data.fingerprint  # one answer each: "last" is "all"
+
+
+def test_a_base_model_gets_the_tokens_of_a_template(tmp_path):
+    plain = byte_tokenizer()
+    extended = with_tokens(plain, TOKENS)
+    assert [extended.special[name] for name in TOKENS] == [259, 260, 261, 262] and extended.vocab_size == 263
+    assert (extended.bos_id, extended.eos_id, extended.pad_id) == (plain.bos_id, plain.eos_id, plain.pad_id)
+    assert extended.encode("<think> é") == plain.encode("<think> é")  # typed by a user: text
+    ids = extended.encode("<think>é", special=True)
+    assert ids == [261, *plain.encode("é")] and extended.decode(ids, skip_special=True) == "<think>é"
+    assert extended.byte_lengths()[259:].sum() == 0
+    assert with_tokens(extended, TOKENS).sha256 == extended.sha256
+    assert with_tokens(extended, ("<think>", "<x>")).special["<x>"] == 263
+    with pytest.raises(ValueError, match="names=.'think'.: give different names of the form"):
+        with_tokens(plain, ("think",))
+    with pytest.raises(ValueError, match=r"DataConfig.extra_tokens = \('<x>', '<x>'\)"):
+        DataConfig(extra_tokens=("<x>", "<x>"))
+
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text(f"the user {i} thinks and thinks " * 5)
+    config = DataConfig(sources=(TextFiles(path=str(text)),), vocab_size=280, cache_dir=str(tmp_path / "cache"))
+    bases = {
+        extra: load(replace(config, extra_tokens=extra), 16, tmp_path / f"run{len(extra)}", progress=False)
+        for extra in ((), TOKENS)
+    }
+    assert bases[TOKENS].tokenizer.vocab_size <= 280 and bases[TOKENS].tokenizer.special["</think>"] > 260
+    assert bases[()].fingerprint != bases[TOKENS].fingerprint
+    path = write(tmp_path / "a.jsonl", [talk("q", "a", reasoning_content="r")])
+    data = chats(path, str(tmp_path / "run4/tokenizer.json"), template="r1")
+    assert data.tokenizer.sha256 == load_tokenizer(tmp_path / "run4").sha256 == bases[TOKENS].tokenizer.sha256

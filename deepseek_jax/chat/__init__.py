@@ -3,10 +3,12 @@
 from deepseek_jax.chat.jinja import FolderTemplate, load_folder_template
 from deepseek_jax.chat.plain import fim_prompt
 from deepseek_jax.chat.registry import TEMPLATES, find_template, get_template
+from deepseek_jax.chat.tagged import TOKENS
 from deepseek_jax.chat.template import Encoded, Parsed, Piece, Template, encode_pieces
 
 __all__ = [
     "TEMPLATES",
+    "TOKENS",
     "Encoded",
     "FolderTemplate",
     "Parsed",

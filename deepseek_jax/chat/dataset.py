@@ -227,7 +227,8 @@ def _check_tokens(config: ChatData, template: Template, tokenizer: Tokenizer) ->
         why = error.detail if isinstance(error, LeftOut) else error
         raise ValueError(
             f"ChatData.template = {config.template!r} does not fit the tokenizer {config.tokenizer!r}: {why}. 'llm' needs "
-            f"no token that a tokenizer trained here lacks; DataConfig.extra_tokens gives a base model others"
+            f"no token that a tokenizer trained here lacks; a base model gets those of 'v3' and 'r1' by "
+            f"DataConfig.extra_tokens = chat.TOKENS"
         ) from None
 
 

@@ -14,6 +14,8 @@ from deepseek_jax.chat.template import BOS, END, Parsed, Piece, Request, Templat
 
 USER, ASSISTANT = special("<｜User｜>"), special("<｜Assistant｜>")
 THINK, THINK_END = "<think>", "</think>"
+TOKENS = (USER.text, ASSISTANT.text, THINK, THINK_END)
+"""What the templates of V3, R1 and (without tools) V3.1 need beside the tokens that begin and end a text."""
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 OUTPUT, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"

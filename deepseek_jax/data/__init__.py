@@ -7,7 +7,7 @@ from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.inspect import describe
 from deepseek_jax.data.pipeline import Mixture, TokenSource, batches, held_out_batches
 from deepseek_jax.data.sources import ArrayRecord, Jsonl, Parquet, PythonStdlib, Source, TextFiles, Tfds
-from deepseek_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from deepseek_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe, with_tokens
 
 __all__ = [
     "ArrayRecord",
@@ -31,4 +31,5 @@ __all__ = [
     "load",
     "load_tokenizer",
     "train_bpe",
+    "with_tokens",
 ]

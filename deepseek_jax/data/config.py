@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections import Counter
 
@@ -21,7 +22,10 @@ class DataConfig:
     """Path of a tokenizer.json; "bytes" for the 256 bytes and the special tokens; None trains a byte-level BPE on the
     training documents, on each source in proportion to its weight."""
     vocab_size: int = 4096
-    """Ids of the BPE that is trained: its 3 special tokens (6 with fim_rate) and the 256 bytes included."""
+    """Ids of the BPE that is trained: its 3 special tokens (6 with fim_rate), extra_tokens and the 256 bytes included."""
+    extra_tokens: tuple[str, ...] = ()
+    """Further special tokens, the last ids of whichever tokenizer: those of a chat template (`chat.TOKENS`), so that the
+    model that is trained here has rows for them when it is fine-tuned."""
     tokenizer_sample_bytes: int = 10_000_000
     """Text that the BPE is trained on, in bytes."""
     held_out_fraction: float = 0.02
@@ -55,13 +59,19 @@ class DataConfig:
         )
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         self._require(not twice, "sources", f"two of them have the name {twice[:1]}; metrics tell them apart by it")
-        least = MIN_VOCAB_SIZE + (len(FIM_TOKENS) if self.fim_rate else 0)
+        least = MIN_VOCAB_SIZE + (len(FIM_TOKENS) if self.fim_rate else 0) + len(self.extra_tokens)
         self._require(
             self.tokenizer is not None or self.vocab_size >= least,
             "vocab_size",
             f"must be at least {least}: a byte-level BPE holds {least - 256} special tokens and the 256 bytes",
         )
         self._require(self.tokenizer != "", "tokenizer", f"give a tokenizer.json, {BYTES!r}, or None to train one")
+        self._require(
+            all(re.fullmatch(r"<[^<>\s]+>", name) for name in self.extra_tokens)
+            and len(set(self.extra_tokens)) == len(self.extra_tokens),
+            "extra_tokens",
+            'give different names of the form <…>, such as ("<think>", "</think>")',
+        )
         self._require(self.tokenizer_sample_bytes > 0, "tokenizer_sample_bytes", "must be greater than 0")
         self._require(0 <= self.held_out_fraction < 1, "held_out_fraction", "must be in [0, 1), such as 0.02")
         self._require(0 <= self.fim_rate <= 1, "fim_rate", "must be in [0, 1], such as V3's 0.1")

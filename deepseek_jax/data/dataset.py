@@ -14,7 +14,7 @@ from deepseek_jax.data.corpus import Document
 from deepseek_jax.data.pipeline import Mixture, TokenSource, batches
 from deepseek_jax.data.reading import Corpus, Scan, held_out_below
 from deepseek_jax.data.sources import shares_of
-from deepseek_jax.data.tokenizer import BYTES, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from deepseek_jax.data.tokenizer import BYTES, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe, with_tokens
 from deepseek_jax.data.tokens import HELD_OUT, TRAIN, TokenFiles, prepare
 from deepseek_jax.serialize import to_dict
 from deepseek_jax.storage import AnyPath, cache_folder, path
@@ -116,7 +116,7 @@ def load(
     ]
     scans = [corpus.scan(cache_dir, progress=progress) for corpus in corpora]
     below = held_out_below(scans, config.held_out_fraction)
-    tokenizer = _tokenizer(config, corpora, scans, below, cache_dir, progress)
+    tokenizer = with_tokens(_tokenizer(config, corpora, scans, below, cache_dir, progress), config.extra_tokens)
     if model_vocab_size is not None:
         tokenizer.require_fits(model_vocab_size)
     if run_dir is not None:
@@ -174,15 +174,16 @@ def _fingerprint(config: DataConfig, files: Sequence[TokenFiles], seq_len: int) 
 def _tokenizer(
     config: DataConfig, corpora: Sequence[Corpus], scans: Sequence[Scan], below: float, cache_dir: Any, progress: bool
 ) -> Tokenizer:
-    """The tokenizer that the config names, or one trained (or trained before) on the training documents."""
-    fim = config.fim_rate > 0
+    """The tokenizer that the config names, or one trained (or trained before) on the training documents; without
+    extra_tokens, for which a trained one leaves room."""
+    fim, vocab_size = config.fim_rate > 0, config.vocab_size - len(config.extra_tokens)
     if config.tokenizer == BYTES:
         return byte_tokenizer(fim=fim)
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     budgets = [round(share * config.tokenizer_sample_bytes) for share in shares_of(config.sources)]
     texts = [[scan.content_hash, budget] for scan, budget in zip(scans, budgets, strict=True)]
-    key = hashlib.blake2b(json.dumps([texts, below, config.vocab_size, fim]).encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(json.dumps([texts, below, vocab_size, fim]).encode(), digest_size=16).hexdigest()
     file = cache_dir / "tokenizers" / f"{key}.json"
     if file.exists():
         return load_tokenizer(file)
@@ -191,7 +192,7 @@ def _tokenizer(
         for corpus, scan, budget in zip(corpora, scans, budgets, strict=True)
         for document in _sample(corpus, scan, below, budget)
     ]
-    return train_bpe(sample, config.vocab_size, file, fim=fim, progress=None if progress else False)
+    return train_bpe(sample, vocab_size, file, fim=fim, progress=None if progress else False)
 
 
 def _sample(corpus: Corpus, scan: Scan, below: float, budget: int) -> Iterator[Document]:
@@ -221,6 +222,6 @@ def _keep(tokenizer: Tokenizer, of_run: Any, config: DataConfig) -> None:
         sources = [to_dict(source) for source in config.sources]
         raise ValueError(
             f"{of_run} is another tokenizer than sources={sources}, tokenizer={config.tokenizer!r}, "
-            f"vocab_size={config.vocab_size}, fim_rate={config.fim_rate} give now: the corpus or the config has changed "
-            f"since this run began; undo that, or start a new run folder"
+            f"vocab_size={config.vocab_size}, fim_rate={config.fim_rate}, extra_tokens={config.extra_tokens} give now: the "
+            f"corpus or the config has changed since this run began; undo that, or start a new run folder"
         )

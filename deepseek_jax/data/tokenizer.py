@@ -246,6 +246,31 @@ def byte_tokenizer(*, fim: bool = False) -> Tokenizer:
     return Tokenizer(tokenizer.to_str(pretty=True).encode())
 
 
+def with_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer with further special tokens after its last id, in their order; those that it has stay where they are.
+
+    They are flagged as the published files flag control tokens: `decode` shows them, as it must `<think>`.
+
+    Args:
+        tokenizer: any.
+        names: such as "<｜User｜>" or "<think>"; `chat.TOKENS` are those of V3's and R1's templates.
+    Raises: ValueError for a name that is no token's, or is given twice.
+    """
+    bad = [name for name in names if not re.fullmatch(r"<[^<>\s]+>", name)]
+    if bad or len(set(names)) != len(names):
+        raise ValueError(f"names={list(names)}: give different names of the form <…>, such as '<｜User｜>'")
+    content = json.loads(tokenizer._json_bytes)
+    missing = [name for name in names if tokenizer._tokenizer.token_to_id(name) is None]
+    if not missing:
+        return tokenizer
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    content["added_tokens"] += [
+        {"id": tokenizer.vocab_size + i, "content": name, **flags} for i, name in enumerate(missing)
+    ]
+    extended = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    return Tokenizer(extended, bos_token=tokenizer.bos_id, eos_token=tokenizer.eos_id)
+
+
 def train_bpe(
     texts: Iterable[str],
     vocab_size: int,
