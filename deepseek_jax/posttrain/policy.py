@@ -17,7 +17,7 @@ from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.posttrain.objective import PolicyLoss, PolicyMetrics, policy_loss
 from deepseek_jax.training.config import AdamW
 from deepseek_jax.training.guard import chosen
-from deepseek_jax.training.loss import cross_entropy_sum
+from deepseek_jax.training.loss import cross_entropy_sum, kept_logits
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.types import Array
 
@@ -36,6 +36,11 @@ class Rollouts:
     """Float [B, T]: as the sampler reported, of the distribution that was sampled from."""
     old_logprobs: Array | None = None
     """Float [B, T]: under the policy that is updated from, by the trainer; None: it is the present one."""
+    experts: Array | None = None
+    """Int16 [B, T, L, X]: those that the sampler ran, −1 in padding (V3.2, keep routing); None: the trainer chooses."""
+    kept: Array | None = None
+    """Uint8 [B, T, ⌈W / 8⌉]: what top_p, top_k and min_p left to draw from, a bit a token, none in prompt and padding (V3.2,
+    keep sampling mask); None: all tokens."""
 
 
 @struct.dataclass
@@ -58,24 +63,26 @@ def variables_of(params: Any, router: Any) -> dict[str, Any]:
 
 
 def token_logprobs(
-    model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float = 1.0, chunk: int = 512
-) -> tuple[Array, Array]:
+    model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float = 1.0, chunk: int = 512, *,
+    experts: Array | None = None, kept: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Log-probability of each token after the first, and entropy before it: [B, T] each, nats, float32 or wider.
 
-    Under the distribution at `temperature`, of the whole vocabulary. The logits of at most `chunk` places of a sequence
-    exist at once. Not for gradients: `make_update` has them.
+    Under the distribution at `temperature`, of the whole vocabulary or of what is `kept` of it, with the routers' choices
+    or with `experts`, as in `Rollouts`. The logits of at most `chunk` places of a sequence exist at once. Not for
+    gradients: `make_update` has them.
     """
-    hidden_BTD = _hidden(model, variables, tokens_BT1, temperature)
-    return _logprobs(hidden_BTD, model.apply(variables, method="head_kernel"), tokens_BT1[:, 1:], chunk)
+    hidden_BTD = _hidden(model, variables, tokens_BT1, temperature, experts)
+    return _logprobs(hidden_BTD, model.apply(variables, method="head_kernel"), tokens_BT1[:, 1:], chunk, kept)
 
 
-def _hidden(model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float) -> Array:
+def _hidden(model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float, experts: Array | None) -> Array:
     # Padding stands behind the completion, where no counted token sees it.
-    hidden = model.apply(variables, tokens_BT1[:, :-1], method="hidden").hidden
+    hidden = model.apply(variables, tokens_BT1[:, :-1], experts=experts, method="hidden").hidden
     return hidden if temperature == 1 else (hidden / temperature).astype(hidden.dtype)
 
 
-def _logprobs(hidden_BTD: Array, w_DW: Array, targets_BT: Array, chunk: int) -> tuple[Array, Array]:
+def _logprobs(hidden_BTD: Array, w_DW: Array, targets_BT: Array, chunk: int, kept: Array | None) -> tuple[Array, Array]:
     B, T, _ = hidden_BTD.shape
     wide, chunk = at_least_float32(hidden_BTD.dtype), min(chunk, T)
     pad = -T % chunk
@@ -84,14 +91,14 @@ def _logprobs(hidden_BTD: Array, w_DW: Array, targets_BT: Array, chunk: int) -> 
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
-    def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, targets = piece
+    def one(piece: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
+        hidden, targets, kept = piece
         logits = jnp.einsum("btd,dw->btw", hidden, w_DW.astype(hidden.dtype), preferred_element_type=wide)
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        entropy = -(jnp.exp(logp) * logp).sum(axis=-1)
+        logp = jax.nn.log_softmax(kept_logits(logits, kept), axis=-1)
+        entropy = -(jnp.exp(logp) * jnp.where(logp == -jnp.inf, 0, logp)).sum(axis=-1)
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
 
-    outs = lax.map(one, (pieces(hidden_BTD), pieces(targets_BT)))
+    outs = lax.map(one, (pieces(hidden_BTD), pieces(targets_BT), None if kept is None else pieces(kept)))
     logp, entropy = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in outs)
     return logp, entropy
 
@@ -123,6 +130,9 @@ def make_update(
     Without `Rollouts.old_logprobs` the policy is updated from itself: π_old is the state's own parameters, so the ratio
     is 1 and the gradient is that of the advantages. The state's memory is reused.
 
+    `Rollouts.experts` route the policy; the reference chooses its own. `Rollouts.kept` narrows both: a divergence is
+    between distributions of the same tokens, and the entropy is that of the narrowed one.
+
     Args:
         model: the model.
         loss: the objective.
@@ -142,14 +152,14 @@ def make_update(
             reference = None
             if loss.kl:
                 reference, _ = token_logprobs(
-                    model, variables_of(state.reference, state.router), part.tokens, temperature, chunk
+                    model, variables_of(state.reference, state.router), part.tokens, temperature, chunk, kept=part.kept
                 )
 
             def objective(params: Any) -> tuple[Array, tuple[Array, PolicyMetrics, Array, Array]]:
                 variables = variables_of(params, state.router)
-                hidden = _hidden(model, variables, part.tokens, temperature)
+                hidden = _hidden(model, variables, part.tokens, temperature, part.experts)
                 w_DW, targets = model.apply(variables, method="head_kernel"), part.tokens[:, 1:]
-                logp, entropy = lax.stop_gradient(_logprobs(hidden, w_DW, targets, chunk))
+                logp, entropy = lax.stop_gradient(_logprobs(hidden, w_DW, targets, chunk, part.kept))
 
                 def of_logp(x: Array) -> tuple[Array, PolicyMetrics]:
                     return policy_loss(
@@ -160,7 +170,8 @@ def make_update(
 
                 (value, metrics), slope = jax.value_and_grad(of_logp, has_aux=True)(logp)
                 # The chain rule by hand: Σ slope · log p has the loss's gradient, and its logits exist in chunks alone.
-                return cross_entropy_sum(hidden, w_DW, targets, -slope, chunk), (value, metrics, logp, entropy)
+                total = cross_entropy_sum(hidden, w_DW, targets, -slope, chunk, part.kept)
+                return total, (value, metrics, logp, entropy)
 
             grads, (value, metrics, logp, entropy) = jax.grad(objective, has_aux=True)(state.params)
             drift = jnp.where(part.mask, jnp.abs(logp - part.sampler_logprobs), 0)

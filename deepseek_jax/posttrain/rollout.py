@@ -20,7 +20,7 @@ from deepseek_jax.types import Array
 def pack(
     prompts: Sequence[Sequence[int]], generations: Sequence[Generation], advantages: Any, length: int, pad_id: int = 0
 ) -> Rollouts:
-    """Rows of one completion each, padded behind it.
+    """Rows of one completion each, padded behind it; with experts and token sets where the engine recorded them.
 
     Args:
         prompts: token ids of each completion's prompt.
@@ -29,7 +29,8 @@ def pack(
         length: T: places of a row; prompt and completion have at most one more token.
         pad_id: what padding is; it may be the end token, since the mask does not look at ids.
 
-    Raises: ValueError for a row that does not fit, a completion that has not ended, or an empty prompt.
+    Raises: ValueError for a row that does not fit, a completion that has not ended, an empty prompt, or a record that
+        some completions have and others lack.
     """
     B = len(generations)
     if len(prompts) != B:
@@ -53,7 +54,22 @@ def pack(
         mask=jnp.asarray(mask),
         advantages=jnp.asarray(np.asarray(advantages, np.float32)[:, None]),
         sampler_logprobs=jnp.asarray(sampler),
+        # Place i of both is of the pass over token i: its experts, and the set that token i + 1 came from.
+        experts=_records("experts", [g.experts for g in generations], [0] * B, length, -1),
+        kept=_records("kept", [g.kept for g in generations], [len(prompt) - 1 for prompt in prompts], length, 0),
     )
+
+
+def _records(name: str, rows: list[Any], begins: list[int], length: int, fill: int) -> Array | None:
+    """Recorded arrays [n, …] as one [B, length, …], each from its place on; None where there are none."""
+    if all(row is None for row in rows):
+        return None
+    if lacking := [i for i, row in enumerate(rows) if row is None]:
+        raise ValueError(f"completion {lacking[0]} has no {name}, which others have: record them of all or of none")
+    out = np.full((len(rows), length, *rows[0].shape[1:]), fill, rows[0].dtype)
+    for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+        out[i, begin : begin + len(row)] = row
+    return jnp.asarray(out)
 
 
 def checksum(weights: LayerWeights) -> dict[str, int]:

@@ -19,7 +19,9 @@ from deepseek_jax.parallel.rules import shard
 from deepseek_jax.types import Array, RouterStats
 
 
-def cross_entropy_sum(hidden_BTD: Array, w_DW: Array, targets_BT: Array, weights_BT: Array, chunk: int) -> Array:
+def cross_entropy_sum(
+    hidden_BTD: Array, w_DW: Array, targets_BT: Array, weights_BT: Array, chunk: int, kept: Array | None = None
+) -> Array:
     """Σ weight · −log softmax(hidden · w)[target], with the logits of at most `chunk` positions at once.
 
     Where a gradient is asked for, each chunk's is computed while its logits exist, so that they are made once.
@@ -30,6 +32,7 @@ def cross_entropy_sum(hidden_BTD: Array, w_DW: Array, targets_BT: Array, weights
         targets_BT: token ids.
         weights_BT: float; 0 leaves a position out. No gradient flows to it.
         chunk: positions of a sequence per piece.
+        kept: uint8 [B, T, ⌈W / 8⌉]: the tokens that each softmax is over, as `kept_logits` reads them; None: all.
 
     Returns:
         Scalar, float32 or wider.
@@ -42,14 +45,26 @@ def cross_entropy_sum(hidden_BTD: Array, w_DW: Array, targets_BT: Array, weights
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
         return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
-    return _chunks_sum(pieces(hidden_BTD), w_DW, pieces(targets_BT), pieces(weights_BT))
+    kept = None if kept is None else pieces(kept)
+    return _chunks_sum(pieces(hidden_BTD), w_DW, pieces(targets_BT), pieces(weights_BT), kept)
 
 
-def _piece(hidden: Array, w: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+def kept_logits(logits: Array, kept: Array | None) -> Array:
+    """Logits [..., W], −inf where a token's bit is 0 in `kept` [..., ⌈W / 8⌉]; bit i of byte j is for token 8 j + i.
+
+    Where no bit is set, in padding, all tokens stay.
+    """
+    if kept is None:
+        return logits
+    bits = jnp.unpackbits(kept, axis=-1, count=logits.shape[-1], bitorder="little")
+    return jnp.where((bits == 1) | ~kept.any(axis=-1, keepdims=True), logits, -jnp.inf)
+
+
+def _piece(hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None) -> tuple[Array, Array, Array]:
     """Loss of one chunk, its probabilities [B, c, W] and where its targets are."""
     wide = at_least_float32(hidden.dtype)
     logits = jnp.einsum("bcd,dw->bcw", hidden, w.astype(hidden.dtype), preferred_element_type=wide)
-    logits = shard(logits, "batch", "length", "act_vocab")
+    logits = kept_logits(shard(logits, "batch", "length", "act_vocab"), kept)
     highest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)
@@ -61,34 +76,34 @@ def _piece(hidden: Array, w: Array, targets: Array, weights: Array) -> tuple[Arr
 
 
 @jax.custom_vjp
-def _chunks_sum(hidden: Array, w: Array, targets: Array, weights: Array) -> Array:
-    def step(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + _piece(piece[0], w, piece[1], piece[2])[0], None
+def _chunks_sum(hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None) -> Array:
+    def step(total: Array, piece: tuple[Array, Array, Array, Array | None]) -> tuple[Array, None]:
+        return total + _piece(piece[0], w, *piece[1:])[0], None
 
     start = jnp.zeros((), at_least_float32(hidden.dtype))
-    return lax.scan(step, start, (hidden, targets, weights))[0]
+    return lax.scan(step, start, (hidden, targets, weights, kept))[0]
 
 
-def _chunks_fwd(hidden: Array, w: Array, targets: Array, weights: Array):
+def _chunks_fwd(hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None):
     wide = at_least_float32(hidden.dtype)
 
-    def step(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]):
+    def step(carry: tuple[Array, Array], piece: tuple[Array, Array, Array, Array | None]):
         total, dw = carry
-        h, targets_c, weights_c = piece
-        loss, probabilities, is_target = _piece(h, w, targets_c, weights_c)
+        h, targets_c, weights_c, kept_c = piece
+        loss, probabilities, is_target = _piece(h, w, targets_c, weights_c, kept_c)
         d_logits = ((probabilities - is_target) * weights_c[..., None]).astype(h.dtype)
         dh = jnp.einsum("bcw,dw->bcd", d_logits, w.astype(h.dtype), preferred_element_type=wide)
         dw += jnp.einsum("bcd,bcw->dw", h, d_logits, preferred_element_type=wide)
         return (total + loss, dw), dh.astype(h.dtype)
 
     start = (jnp.zeros((), wide), jnp.zeros(w.shape, wide))
-    (total, dw), dh = lax.scan(step, start, (hidden, targets, weights))
+    (total, dw), dh = lax.scan(step, start, (hidden, targets, weights, kept))
     return total, (dh, dw.astype(w.dtype))
 
 
 def _chunks_bwd(residuals: tuple[Array, Array], d: Array):
     dh, dw = residuals
-    return (dh * d).astype(dh.dtype), (dw * d).astype(dw.dtype), None, None
+    return (dh * d).astype(dh.dtype), (dw * d).astype(dw.dtype), None, None, None
 
 
 _chunks_sum.defvjp(_chunks_fwd, _chunks_bwd)
