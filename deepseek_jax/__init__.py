@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deepseek_jax.chat.data import ChatData, ChatJsonl, ChatParquet, ChatTfds
     from deepseek_jax.config import (
         GQA,
         MLA,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
+    from deepseek_jax.posttrain.sft import SFT, sft
     from deepseek_jax.training import RunConfig, certify, train
 
 # Public name -> module that defines it: the block above, for the interpreter. A test holds the two equal.
@@ -50,6 +52,12 @@ _HOME = {
     "Counts": "models.counts",
     "train": "training",
     "certify": "training",
+    "sft": "posttrain.sft",
+    "SFT": "posttrain.sft",
+    "ChatData": "chat.data",
+    "ChatJsonl": "chat.data",
+    "ChatParquet": "chat.data",
+    "ChatTfds": "chat.data",
     "report": "metrics.report",
     "load_hf": "interop.load",
     "save_hf": "interop.save",
@@ -77,6 +85,11 @@ _HOME = {
 __all__ = [
     "GQA",
     "MLA",
+    "SFT",
+    "ChatData",
+    "ChatJsonl",
+    "ChatParquet",
+    "ChatTfds",
     "Counts",
     "DeepSeek",
     "Dense",
@@ -104,6 +117,7 @@ __all__ = [
     "open_model",
     "report",
     "save_hf",
+    "sft",
     "train",
 ]
 

@@ -72,7 +72,7 @@ def run_to_hf(
     Raises: ValueError as `load_run` and `save_hf`.
     """
     from deepseek_jax import storage
-    from deepseek_jax.infer.load import load_run
+    from deepseek_jax.infer.load import TEMPLATE_NAME, load_run
     from deepseek_jax.interop.save import save_hf
     from deepseek_jax.models.transformer import DeepSeek
 
@@ -90,6 +90,7 @@ def run_to_hf(
             "eos_token": text[loaded.tokenizer.eos_id],
             "pad_token": loaded.tokenizer.decode([loaded.tokenizer.pad_id]),
             "model_max_length": model.config.max_position_embeddings,
+            **({} if loaded.template is None else {TEMPLATE_NAME: loaded.template.name}),
         }
         storage.write_atomic(folder / "tokenizer_config.json", json.dumps(stated, indent=2, ensure_ascii=False) + "\n")
     return folder

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from deepseek_jax import platform, storage
 from deepseek_jax.models.transformer import DeepSeek
 
+TEMPLATE_NAME = "deepseek_jax_template"
+"""Key in tokenizer_config.json of what this project wrote."""
+
 
 class Loaded(NamedTuple):
     """A model, ready to be used."""
@@ -58,19 +61,24 @@ def open_model(path: str | PathLike[str], dtype: str | None = None) -> Loaded:
 
 def template_of(folder: Any, tokenizer: Any, name: str | None = None) -> Any:
     """The chat template of that name; by default the one that a run's manifest names, or that a published checkpoint wants
-    or carries. None for a base model.
+    or carries. (`convert` notes that of a run in tokenizer_config.json, since tokens and kind of model do not tell.) None
+    for a base model.
 
     Raises: ValueError for an unknown name.
     """
     from deepseek_jax.chat import find_template, get_template, load_folder_template
+    from deepseek_jax.data.vocabulary import TOKENIZER_CONFIG
 
     manifest = folder / "manifest.json"
     if name is None and manifest.exists():
         name = json.loads(manifest.read_text(encoding="utf-8")).get("template")
         if name is None:
             return None
+    stated = folder / TOKENIZER_CONFIG
+    if name is None and stated.exists():
+        name = json.loads(stated.read_text(encoding="utf-8")).get(TEMPLATE_NAME)
     if name is not None:
-        return get_template(name)
+        return None if name == "none" else get_template(name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = find_template({"name": folder.name, **config}, tokenizer)
     if found is not None:

@@ -28,8 +28,7 @@ class Start:
     """Where a run of post-training begins.
 
     Fields:
-        model: in the dtypes that the run computes and updates in, without multi-token modules: they are neither trained
-            nor used here.
+        model: in the dtypes that the run computes and updates in.
         tokenizer: of the folder.
         template: chat template, or None.
         load: gives the variables, `{"params", "router"}`, in their shards.
@@ -41,8 +40,10 @@ class Start:
     load: Callable[[], dict[str, Any]]
 
 
-def open_start(config: PostConfig, mesh: Mesh, field: str = "init_from") -> Start:
+def open_start(config: PostConfig, mesh: Mesh, field: str = "init_from", *, mtp: bool = False) -> Start:
     """Looks into the folder that `config.init_from` (or another `field` of `config`) names; reads no weights yet.
+
+    Multi-token modules stay where `mtp` is given alone: reinforcement learning neither trains nor uses them.
 
     Raises: ValueError for a folder that is neither kind, lacks its tokenizer, or whose model is smaller than it.
     """
@@ -64,8 +65,8 @@ def open_start(config: PostConfig, mesh: Mesh, field: str = "init_from") -> Star
     tokenizer = load_tokenizer(source)
     tokenizer.require_fits(found.vocab_size)
     model = replace(
-        found, dtype=dtype, param_dtype=config.param_dtype, num_nextn_predict_layers=0,
-        remat=config.remat or found.remat,
+        found, dtype=dtype, param_dtype=config.param_dtype, remat=config.remat or found.remat,
+        num_nextn_predict_layers=found.num_nextn_predict_layers if mtp else 0,
     )  # fmt: skip
     model, _ = fit_dtype(model)
     template = template_of(source, tokenizer, config.template)
@@ -86,7 +87,7 @@ def _load(model: ModelConfig, source: Any, mesh: Mesh, what: str, config: PostCo
     if not (source / "manifest.json").exists():
         from deepseek_jax.interop.load import load_hf
 
-        _, variables = load_hf(source, config.param_dtype, mesh, mtp=False)
+        _, variables = load_hf(source, config.param_dtype, mesh, mtp=model.num_nextn_predict_layers > 0)
         return variables
     with Store(source / "checkpoints", read_only=True) as store:
         step = store.latest_good(config.verify_checkpoints)
