@@ -90,9 +90,9 @@ def our_steps(options: argparse.Namespace, model, variables) -> list[dict]:
     optimizer = AdamW(moment_dtype="bfloat16" if options.dtype == "bfloat16" else "float32")
     # All on one device by order: a part of the state that could move would have the update compiled twice.
     state = jax.device_put(init_policy(optimizer, variables, reference=True), jax.devices()[0])
-    del variables
-    loss, chunks = PolicyLoss(kl=BETA, unbiased_kl=True), dict(chunk=options.chunk, pieces=options.pieces)
-    update = make_update(model, loss, optimizer, **chunks)
+    jax.tree.map(lambda leaf: leaf.delete(), variables)  # the state has copies
+    loss = PolicyLoss(kl=BETA, unbiased_kl=True)
+    update = make_update(model, loss, optimizer, chunk=options.chunk, pieces=options.pieces)
     rows, places = options.prompts * options.group, options.length + options.new
     engine = Engine(
         model, None, slots=rows, places=places, chunk=options.length, decode_steps=min(64, options.new),
@@ -190,7 +190,7 @@ def theirs(options: argparse.Namespace) -> dict:
     return {"steps": steps, "GiB": peak, "logp": logp, "versions": versions}
 
 
-def write(options: argparse.Namespace) -> dict:
+def write(options: argparse.Namespace) -> None:
     """A published checkpoint with random weights, and a tokenizer whose word wN is token N."""
     import torch
     import transformers
@@ -210,10 +210,9 @@ def write(options: argparse.Namespace) -> dict:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(f"{options.folder}/tokenizer.json")
-    return {}
 
 
-def child(side: str, options: argparse.Namespace, **fields) -> dict | str:
+def child(side: str, options: argparse.Namespace, **fields) -> dict | str | None:
     """What a side prints last, from a process of its own; the end of its complaint where it fails."""
     words = [sys.executable, __file__, "--side", side, *(["--small"] if options.small else [])]
     given = {name: getattr(options, name) for name in ("prompts", "group", "length", "new", "steps", "remat", "chunk")}
