@@ -26,6 +26,17 @@ _PINNED = (
 )  # fmt: skip
 
 
+def check_pieces(config: RunConfig, mesh: Mesh) -> None:
+    """A piece must spread over the devices that share a batch."""
+    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    if config.piece_size % batch_shards:
+        raise ValueError(
+            f"RunConfig.batch_size = {config.batch_size} in {config.accumulation} accumulation steps cannot be split "
+            f"over the {batch_shards} devices that share the batch: make batch_size a multiple of "
+            f"{config.accumulation * batch_shards}"
+        )
+
+
 def load_data(config: RunConfig, run_dir: Any, *, progress: bool = True, loaded: Any = None) -> Data | Chats:
     """What the run reads, by the kind of its `data`; `loaded` where that is it, read before by `dsj.sft`.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,26 +25,38 @@ from deepseek_jax.metrics.writer import JsonlWriter, plain, read_jsonl, with_flo
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.serialize import check_types, to_dict
-from deepseek_jax.training.begin import fresh, load_data, pinned_fields, resume
+from deepseek_jax.training.begin import check_pieces, fresh, load_data, pinned_fields, resume
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.devices import check_precision, fit_dtype
 from deepseek_jax.training.evaluate import make_evaluation
 from deepseek_jax.training.guard import all_finite
 from deepseek_jax.training.interrupt import Interrupt, Stopped
 from deepseek_jax.training.run import Run, check_prompts, draw, draw_samples
-from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.step import compile_train_step, place_batch
+from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.training.step import compile_train_step, host_line, place_batch
 from deepseek_jax.training.trouble import NotFinite, SaveFailed, SkipWatch
 from deepseek_jax.training.watchdog import Watchdog
 
+Until = Callable[[TrainState, int], bool]
+"""From a state and its step to whether the run ends here."""
 
-def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool = True, data: Any = None) -> Run:
+
+def train(
+    config: RunConfig, run_dir: str | os.PathLike[str], *, until: Until | None = None, progress: bool = True,
+    data: Any = None,
+) -> Run:  # fmt: skip
     """Train, or continue the run in `run_dir` from its last good checkpoint.
-
-    `data` may be what `config.data` gives, where it is loaded already.
 
     The folder holds manifest.json, tokenizer.json, metrics.jsonl (a line a logged step), checkpoints/, plots/,
     samples.jsonl and report.html.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        until: asked after each evaluation, with the state and its step: whether the run ends here, saved, for instance
+            since the model can do what it is trained for. The same call again goes on to the next evaluation.
+        progress: whether progress goes to stderr.
+        data: what `config.data` gives, where it is loaded already.
 
     Raises:
         ValueError: a field of the wrong type or value, a mesh that does not fit the devices, data that does not fit
@@ -59,7 +73,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
     model, message = fit_dtype(config.model)
     config = replace(config, model=model)
     mesh = make_mesh(config.mesh)
-    _check_pieces(config, mesh)
+    check_pieces(config, mesh)
     with ExitStack() as stack:
         lock = stack.enter_context(storage.RunLock(run_dir)) if jax.process_index() == 0 else None
         interrupt = stack.enter_context(Interrupt())
@@ -71,7 +85,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
         data = load_data(config, run_dir, progress=progress, loaded=data)
         check_prompts(config, data.tokenizer)
         with use_mesh(mesh):
-            loop = _run_to_end(config, run_dir, mesh, data, interrupt, watchdog, lock, progress)
+            loop = _run_to_end(config, run_dir, mesh, data, interrupt, watchdog, lock, progress, until)
         interrupt.deferred = False
         watchdog.beat("drawing samples and the report")
         metrics = read_jsonl(run_dir / "metrics.jsonl")
@@ -91,7 +105,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, progress: bool 
 
 def _run_to_end(
     config: RunConfig, run_dir: Any, mesh: Mesh, data: Any, interrupt: Interrupt, watchdog: Watchdog,
-    lock: storage.RunLock | None, progress: bool,
+    lock: storage.RunLock | None, progress: bool, until: Until | None,
 ) -> _Loop:  # fmt: skip
     """Under the mesh, with checkpoints and writers open: from the last good checkpoint to the last step."""
     with ExitStack() as stack:
@@ -109,7 +123,7 @@ def _run_to_end(
                 stack.callback(writer.close)
         interrupt.deferred = True
         try:
-            loop.run(bar)
+            loop.run(bar, until)
         except Stopped as stop:
             loop.save(bar.message)
             loop.finish_saves(bar.message, last=True)
@@ -167,8 +181,8 @@ class _Loop:
             facts |= {"template": self.data.template, "from_step": self.step}
             write_manifest(self.run_dir, to_dict(self.config), facts)
 
-    def run(self, bar: Progress) -> None:
-        """Steps to the end."""
+    def run(self, bar: Progress, until: Until | None = None) -> None:
+        """Steps to the end, or as long as `until` says."""
         config = self.config
         skips = SkipWatch(config, self.run_dir, bar.message, int(self.state.guard.skipped))
         if self.resumed_from is None:
@@ -191,7 +205,7 @@ class _Loop:
             evaluate = last or bool(config.eval_every and self.step % config.eval_every == 0)
             if self.step % config.log_every == 0 or evaluate:
                 skips.look()
-                self.line = _line(metrics)  # waits for the device
+                self.line = host_line(metrics)  # waits for the device
                 now = time.perf_counter()
                 speed = (self.tokens - since_tokens) / (now - since - self.compiling_s)
                 share = mfu(speed, self.flops_per_token, self.mesh.size, self.peak)
@@ -204,10 +218,14 @@ class _Loop:
                     **({} if share is None else {"mfu": share}),
                 }
                 self._log(bar, evaluate)
+                if evaluate and until is not None and self._aside(partial(until, self.state, self.step)):
+                    break
                 since, since_tokens, self.compiling_s = time.perf_counter(), self.tokens, 0.0
-            if self.step % config.checkpoint_every == 0 or last:
+            if self.step % config.checkpoint_every == 0:
                 skips.look()
                 self.save(bar.message)
+        skips.look()
+        self.save(bar.message)
         self._trace(tracing, end=True)
 
     @property
@@ -317,29 +335,3 @@ class _Loop:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
         return wanted
-
-
-def _line(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a step as numbers and lists; the multi-token loss is the mean over depths."""
-    line = jax.tree.map(np.asarray, metrics)
-    depths = line.pop("loss_mtp")
-    if depths.size:
-        line["loss_mtp"] = depths.mean()
-        if depths.size > 1:
-            line["loss_mtp_by_depth"] = depths
-    return {
-        name: value.item() if getattr(value, "ndim", None) == 0 else jax.tree.map(np.ndarray.tolist, value)
-        for name, value in line.items()
-        if name != "skipped_in_a_row"
-    }
-
-
-def _check_pieces(config: RunConfig, mesh: Mesh) -> None:
-    """A piece must spread over the devices that share a batch."""
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    if config.piece_size % batch_shards:
-        raise ValueError(
-            f"RunConfig.batch_size = {config.batch_size} in {config.accumulation} accumulation steps cannot be split "
-            f"over the {batch_shards} devices that share the batch: make batch_size a multiple of "
-            f"{config.accumulation * batch_shards}"
-        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
@@ -147,3 +148,18 @@ def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """A host batch of [B, T + 1] arrays, spread over the mesh by sequence."""
     names = ("batch", "length")
     return {k: jax.device_put(x, named_sharding(mesh, names, x.shape, f"batch {k!r}")) for k, x in batch.items()}
+
+
+def host_line(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a step as numbers and lists; the multi-token loss is the mean over depths."""
+    line = jax.tree.map(np.asarray, metrics)
+    depths = line.pop("loss_mtp")
+    if depths.size:
+        line["loss_mtp"] = depths.mean()
+        if depths.size > 1:
+            line["loss_mtp_by_depth"] = depths
+    return {
+        name: value.item() if getattr(value, "ndim", None) == 0 else jax.tree.map(np.ndarray.tolist, value)
+        for name, value in line.items()
+        if name != "skipped_in_a_row"
+    }
