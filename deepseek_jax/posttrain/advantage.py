@@ -18,7 +18,9 @@ _LEAST = 1e-6
 """Added to a standard deviation, and what counts as none: equal rewards differ by rounding once they are weighted sums."""
 
 
-def group_advantages(reward_B: Array, group_B: Array, groups: int, scale: Scale = "group") -> tuple[Array, Array]:
+def group_advantages(
+    reward_B: Array, group_B: Array, groups: int, scale: Scale = "group", counted_B: Array | None = None
+) -> tuple[Array, Array]:
     """Advantages of outcome rewards, and which rows have a group whose rewards are all alike.
 
     Args:
@@ -26,23 +28,26 @@ def group_advantages(reward_B: Array, group_B: Array, groups: int, scale: Scale 
         group_B: int32 in [0, groups): the prompt of each.
         groups: number of prompts.
         scale: see `Scale`.
+        counted_B: bool: rows whose reward is known; the others are left out of every mean and get 0. None: all.
 
     Returns:
         Float [B], of the dtype of `reward_B` and without gradient; bool [B], True where nothing is to be learned.
     """
 
+    weight_B = jnp.ones_like(reward_B) if counted_B is None else counted_B.astype(reward_B.dtype)
+
     def mean(x_B: Array) -> Array:
-        sums = jax.ops.segment_sum(x_B, group_B, groups)
-        counts = jax.ops.segment_sum(jnp.ones_like(x_B), group_B, groups)
+        sums = jax.ops.segment_sum(x_B * weight_B, group_B, groups)
+        counts = jax.ops.segment_sum(weight_B, group_B, groups)
         return (sums / jnp.maximum(counts, 1))[group_B]
 
-    centred = reward_B - mean(reward_B)
+    centred = (reward_B - mean(reward_B)) * weight_B
     deviation = jnp.sqrt(mean(jnp.square(centred)))
     alike = deviation < _LEAST
     if scale == "group":
         centred = centred / (deviation + _LEAST)
     elif scale == "batch":
-        centred = centred / (jnp.std(reward_B) + _LEAST)
+        centred = centred / (jnp.std(reward_B, where=weight_B > 0) + _LEAST)
     elif scale != "none":
         raise ValueError(f"scale = {scale!r}: must be 'group', 'batch' or 'none'")
     return jax.lax.stop_gradient(jnp.where(alike, 0, centred)), alike

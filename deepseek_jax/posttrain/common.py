@@ -53,7 +53,7 @@ class PostConfig:
     remat: Literal["none", "v3", "full"] | None = None
     """What the backward pass computes anew; None: as `init_from` says."""
     template: str | None = None
-    """Chat template by name; None: that of `init_from`, and where it has none, texts as they are."""
+    """Chat template by name, or "none": texts as they are. None: that of `init_from`, and where it has none, "none"."""
     loss_chunk: int = 512
     """Places of a sequence whose logits exist at once."""
     seed: int = 0

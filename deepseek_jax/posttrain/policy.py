@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers.weights import at_least_float32
+from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import tree_shardings, unbox
 from deepseek_jax.posttrain.objective import PolicyLoss, PolicyMetrics, policy_loss
 from deepseek_jax.training.config import AdamW
 from deepseek_jax.training.guard import chosen
@@ -76,6 +80,19 @@ def token_logprobs(
     return _logprobs(hidden_BTD, model.apply(variables, method="head_kernel"), tokens_BT1[:, 1:], chunk, kept)
 
 
+@lru_cache(maxsize=16)
+def make_logprobs(model: DeepSeek, temperature: float, chunk: int) -> Any:
+    """`token_logprobs` jitted: (variables, rollouts) -> log-probabilities and entropies."""
+
+    @jax.jit
+    def logprobs(variables: Any, rollouts: Rollouts) -> tuple[Array, Array]:
+        return token_logprobs(
+            model, variables, rollouts.tokens, temperature, chunk, experts=rollouts.experts, kept=rollouts.kept
+        )
+
+    return logprobs
+
+
 def _hidden(model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: float, experts: Array | None) -> Array:
     # Padding stands behind the completion, where no counted token sees it.
     hidden = model.apply(variables, tokens_BT1[:, :-1], experts=experts, method="hidden").hidden
@@ -119,9 +136,20 @@ def init_policy(optimizer: AdamW, variables: Any, *, reference: bool) -> PolicyS
     )
 
 
+def abstract_policy(model: ModelConfig, optimizer: AdamW, mesh: Mesh, *, reference: bool) -> PolicyState:
+    """`init_policy`'s state as `ShapeDtypeStruct`s with their shardings on a mesh."""
+    boxed = jax.eval_shape(partial(init_policy, optimizer, reference=reference), abstract_variables(model))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        unbox(boxed),
+        tree_shardings(mesh, boxed),
+    )
+
+
 Update = Callable[[PolicyState, Rollouts, Array], tuple[PolicyState, dict[str, Any]]]
 
 
+@lru_cache(maxsize=16)
 def make_update(
     model: DeepSeek, loss: PolicyLoss, optimizer: AdamW, *, temperature: float = 1.0, chunk: int = 512, pieces: int = 1
 ) -> Update:

@@ -7,6 +7,7 @@ minutes (rollouts), asks what it needs by itself, and may be broken off anywhere
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ _FREE = (  # fields that may change when a run goes on
     "mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "verify_checkpoints",
     "max_skipped_in_a_row", "hang_timeout_s", "writers",
 )  # fmt: skip
+
+
+_programs: Any = weakref.WeakKeyDictionary()
+"""Jitted function -> what it was compiled for -> program."""
 
 
 class Position(Protocol):
@@ -265,13 +270,13 @@ class Session:
 
     def compiled(self, jitted: Any, *arguments: Any) -> Any:
         """A jitted function compiled for these arguments, beside the main thread; found again by their shapes."""
-        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), arguments)
-        key = (id(jitted), jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
-        cache: dict[Any, Any] = self.__dict__.setdefault("_programs", {})
-        if key not in cache:
+        leaves, tree = jax.tree.flatten(arguments)
+        key = (tree, tuple((x.shape, x.dtype, x.sharding) for x in leaves))
+        programs = _programs.setdefault(jitted, {})
+        if key not in programs:
             self.watchdog.beat("compiling")
-            cache[key] = self.aside(lambda: jitted.lower(*arguments).compile())
-        return cache[key]
+            programs[key] = self.aside(lambda: jitted.lower(*arguments).compile())
+        return programs[key]
 
     def save(self, state: Any) -> None:
         """Saves this step, unless it is saved.

@@ -55,9 +55,7 @@ class RunningSum:
     def draw(self, rng: np.random.Generator) -> Problem:
         numbers = rng.integers(0, 10, self.digits)
         sums = np.cumsum(numbers) % 10
-        return Problem(
-            prompt="".join(map(str, numbers)) + "=", answer=str(sums[-1]), steps="".join(map(str, sums[:-1]))
-        )
+        return Problem(prompt="".join(map(str, numbers)), answer=str(sums[-1]), steps="".join(map(str, sums[:-1])))
 
 
 @dataclass(frozen=True, kw_only=True)

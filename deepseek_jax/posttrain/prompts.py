@@ -1,0 +1,119 @@
+"""What the policy is asked: problems in an order that a seed decides, and as ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.config import require
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.posttrain.tasks import Problem, Split, Task, problem, read_problems, split_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemFile:
+    """Problems of a JSONL file: an object a line. Split by their prompts, as those of a task are."""
+
+    path: str
+    prompt: str = "prompt"
+    """The field of the question."""
+    answer: str = "answer"
+    """The field of the reference."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "ProblemFile", "path", self.path, "give a JSONL file")
+
+
+class Problems:
+    """Problems without end, each by its number; the position is the number of the next one."""
+
+    def __init__(self, source: Task | ProblemFile, split: Split, seed: int):
+        """
+        Raises: ValueError for a file that cannot be read, or holds no problem of the split.
+        """
+        self._source, self._seed = source, seed
+        self._split: Split = split
+        self._next = 0
+        self._file: list[Problem] | None = None
+        if isinstance(source, ProblemFile):
+            every = read_problems(source.path, prompt=source.prompt, answer=source.answer)
+            self._file = [p for p in every if split_of(p.prompt) == split]
+            if not self._file:
+                raise ValueError(
+                    f"ProblemFile.path = {source.path!r}: none of its {len(every)} problems is of the split {split!r}, "
+                    f"which holds {'nine' if split == 'train' else 'one'} in ten: give more problems"
+                )
+
+    def __getitem__(self, index: int) -> Problem:
+        """Problem number `index`; those of a file come in a new order each epoch."""
+        if self._file is None:
+            assert not isinstance(self._source, ProblemFile)
+            return problem(self._source, self._split, index, self._seed)
+        epoch, place = divmod(index, len(self._file))
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._file))
+        return self._file[order[place]]
+
+    def take(self, count: int) -> list[Problem]:
+        """The next problems."""
+        self._next += count
+        return [self[index] for index in range(self._next - count, self._next)]
+
+    def get_state(self) -> dict[str, Any]:
+        """The position."""
+        return {"next": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a position."""
+        self._next = int(state["next"])
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """How a problem becomes the ids that the policy goes on from, and a continuation a text that rewards read.
+
+    Fields:
+        tokenizer: of the policy.
+        template: chat template; None: the problem's text behind the token that begins a document.
+        stop_ids: tokens that end a completion.
+        opened: what the prompt writes of the answer already, such as `<think>` and a line break; completions get it back.
+    """
+
+    tokenizer: Tokenizer
+    template: Any
+    stop_ids: tuple[int, ...]
+    opened: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, template: Any) -> Prompter:
+        """Raises: ValueError where the tokenizer lacks a token that the template needs."""
+        if template is None:
+            return cls(tokenizer, None, (tokenizer.eos_id,), "")
+        thinking = template.thinks != "never"
+        question: Any = [{"role": "user", "content": "?"}]
+        template.encode(tokenizer, question, thinking=thinking)  # now, rather than at the first problem
+        text = template.render(question, thinking=thinking)
+        opened = text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
+        return cls(tokenizer, template, tuple(template.stop_ids(tokenizer)), opened)
+
+    def ids(self, prompt: str) -> list[int]:
+        """Of the prompt, up to where the policy begins."""
+        if self.template is None:
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        thinking = self.template.thinks != "never"
+        return self.template.encode(self.tokenizer, [{"role": "user", "content": prompt}], thinking=thinking).ids
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Of a completion, without the token that ended it, with think tags."""
+        tokens = list(tokens)
+        if tokens and tokens[-1] in self.stop_ids:
+            tokens.pop()
+        inside, text = [], ""
+        for token in tokens:
+            if token < self.tokenizer.vocab_size:
+                inside.append(token)
+            else:  # a model may have more rows than its tokenizer ids, and untrained ones draw them
+                text, inside = text + self.tokenizer.decode(inside, skip_special=True) + "\ufffd", []
+        return self.opened + text + self.tokenizer.decode(inside, skip_special=True)
