@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
+    from deepseek_jax.posttrain.grpo import grpo
+    from deepseek_jax.posttrain.grpo_config import GRPO
+    from deepseek_jax.posttrain.prefer import Prefer, prefer
     from deepseek_jax.posttrain.sft import SFT, sft
     from deepseek_jax.training import RunConfig, certify, train
 
@@ -54,11 +57,15 @@ _HOME = {
     "certify": "training",
     "sft": "posttrain.sft",
     "SFT": "posttrain.sft",
+    "prefer": "posttrain.prefer",
+    "Prefer": "posttrain.prefer",
     "ChatData": "chat.data",
     "ChatJsonl": "chat.data",
     "ChatParquet": "chat.data",
     "ChatTfds": "chat.data",
     "report": "metrics.report",
+    "grpo": "posttrain.grpo",
+    "GRPO": "posttrain.grpo_config",
     "load_hf": "interop.load",
     "save_hf": "interop.save",
     "inspect_hf": "interop.inspect",
@@ -84,6 +91,7 @@ _HOME = {
 
 __all__ = [
     "GQA",
+    "GRPO",
     "MLA",
     "SFT",
     "ChatData",
@@ -99,6 +107,7 @@ __all__ = [
     "Llama3Scaling",
     "MoE",
     "ModelConfig",
+    "Prefer",
     "Request",
     "Rope",
     "RunConfig",
@@ -110,11 +119,13 @@ __all__ = [
     "count_params",
     "generate",
     "get_config",
+    "grpo",
     "inspect_hf",
     "list_configs",
     "load_hf",
     "load_run",
     "open_model",
+    "prefer",
     "report",
     "save_hf",
     "sft",
