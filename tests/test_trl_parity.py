@@ -64,10 +64,11 @@ def draw_rollout(seed: int) -> Rollout:
     return Rollout(lengths, mask, rewards, *(np.where(mask, x, 0) for x in (logp, *others)))
 
 
-def ours(config: PolicyLoss, r: Rollout, advantage_B, **totals):
-    """Loss and gradient [B, T]."""
+def ours(config: PolicyLoss, r: Rollout, advantage_B, sampler: bool = False, **totals):
+    """Loss and gradient [B, T]; the sampler's log-probabilities are told where `sampler`, or where they are needed."""
+    told = r.sampler if sampler or config.importance_cap is not None else None
     value, gradient = jax.value_and_grad(
-        lambda x: policy_loss(config, x, r.old, advantage_B[:, None], r.mask, r.reference, r.sampler, **totals)[0]
+        lambda x: policy_loss(config, x, r.old, advantage_B[:, None], r.mask, r.reference, told, **totals)[0]
     )(jnp.asarray(r.logp))
     return float(value), np.asarray(gradient)
 
@@ -164,8 +165,8 @@ def test_the_ratio_of_outputs_is_to_the_power_of_one_by_length_at_trl(trl, folde
     assert_same(ours(config, r, advantages), theirs)
 
 
-def test_trl_measures_the_off_policy_mask_from_the_sampler_where_it_reported(trl, folder):
-    """And from the trainer's old policy otherwise, as ours does: rows that V3.2's mask leaves out have no gradient."""
+def test_the_off_policy_mask_is_measured_from_the_sampler_where_it_reported(trl, folder):
+    """And from the trainer's old policy otherwise, both as ours: rows that V3.2's mask leaves out have no gradient."""
     r = draw_rollout(26)
     unclipped = dict(epsilon=0.999, epsilon_high=100.0)  # so that nothing else has no gradient
     fields = dict(PLAIN, off_policy_mask_threshold=0.1, vllm_importance_sampling_correction=False, **unclipped)
@@ -175,9 +176,8 @@ def test_trl_measures_the_off_policy_mask_from_the_sampler_where_it_reported(trl
         masked = (advantages < 0) & ((behaviour - r.logp).sum(axis=1) / counts > 0.1)
         np.testing.assert_array_equal((gradient == 0).all(axis=1), masked)
         assert 0 < masked.sum() < B
-        if not sampler:
-            mine = ours(PolicyLoss(kl=0, clip_low=0.999, clip_high=100.0, off_policy_mask=0.1), r, advantages)[1]
-            np.testing.assert_allclose(mine, gradient, rtol=1e-9, atol=1e-12)
+        config = PolicyLoss(kl=0, clip_low=0.999, clip_high=100.0, off_policy_mask=0.1)
+        np.testing.assert_allclose(ours(config, r, advantages, sampler)[1], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", ["kl", "dr_grpo", "dapo"])

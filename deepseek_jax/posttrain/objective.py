@@ -44,7 +44,8 @@ class PolicyLoss:
     unbiased_kl: bool = False
     """Multiply the estimate by the ratio of the token (V3.2): its gradient is unbiased off the policy too."""
     off_policy_mask: float | None = None
-    """δ: leave out completions of negative advantage whose mean log(π_old / π) is above it (V3.2)."""
+    """δ: leave out completions of negative advantage whose mean log(π_old / π) is above it (V3.2). π_old is what the sampler
+    reported, where it did: so what differs between two implementations counts too."""
     importance_cap: float | None = None
     """Weigh tokens by min(π_old / π_sampler, this): what differs between the trainer's and the sampler's forward pass."""
 
@@ -106,7 +107,7 @@ def policy_loss(
         advantage_BT: of each token; [B, 1] where a completion has one.
         mask_BT: bool: tokens that the policy sampled. Nothing else counts, whatever the other arrays hold there.
         reference_logp_BT: under the reference; needed where `config.kl` is not 0.
-        sampler_logp_BT: as the sampler reported; needed by `importance_cap`.
+        sampler_logp_BT: as the sampler reported; needed by `importance_cap`, and used by `off_policy_mask`.
         completions: how many the whole batch has; those of this piece by default.
         tokens: how many counted tokens the whole batch has; those of this piece by default.
 
@@ -148,7 +149,8 @@ def policy_loss(
         term = term * jnp.minimum(jnp.exp(drift), config.importance_cap)
     kept_B = counted_B
     if config.off_policy_mask is not None:
-        drift_B = -jax.lax.stop_gradient(log_ratio_BT).sum(axis=1) / lengths_B
+        sampled = old_logp_BT if sampler_logp_BT is None else sampler_logp_BT
+        drift_B = where(jax.lax.stop_gradient(sampled - logp_BT)).sum(axis=1) / lengths_B
         negative_B = (jnp.where(counts, advantage, 0).sum(axis=1)) < 0
         kept_B = counted_B & ~(negative_B & (drift_B > config.off_policy_mask))
         term = jnp.where(kept_B[:, None], term, 0)

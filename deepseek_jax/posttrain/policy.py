@@ -192,7 +192,7 @@ def make_update(
                 def of_logp(x: Array) -> tuple[Array, PolicyMetrics]:
                     return policy_loss(
                         loss, x, logp if part.old_logprobs is None else part.old_logprobs, part.advantages, part.mask,
-                        reference, None if loss.importance_cap is None else part.sampler_logprobs,
+                        reference, part.sampler_logprobs,
                         completions=completions, tokens=count,
                     )  # fmt: skip
 

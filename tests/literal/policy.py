@@ -12,7 +12,8 @@ def objective(config, logp, old, advantage, mask, reference=None, sampler=None):
     for i in alive:
         o = rows[i]
         A = [advantage[i][t] for t in o]
-        drift = sum(old[i][t] - logp[i][t] for t in o) / len(o)
+        sampled = old if sampler is None else sampler  # V3.2: as the inference framework returned it
+        drift = sum(sampled[i][t] - logp[i][t] for t in o) / len(o)
         M = 1.0
         if config.off_policy_mask is not None and sum(A) < 0 and drift > config.off_policy_mask:
             M = 0.0
