@@ -3,6 +3,7 @@
 import json
 import shutil
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,13 +20,17 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.infer.generate import generate
 from deepseek_jax.metrics.writer import read_jsonl
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.posttrain.common import Rate
 from deepseek_jax.posttrain.sft import SFT, prepare, schedule_of
 from deepseek_jax.training.begin import fresh
+from deepseek_jax.training.lora import LoRA
 from deepseek_jax.training.loss import loss_parts, make_totals
 from deepseek_jax.training.schedule import rates
+from deepseek_jax.training.state import abstract_state, init_state
+from deepseek_jax.training.step import make_train_step
 
+flat: Any = jax.tree_util.tree_leaves_with_path
 ANSWERS = {"a": "red", "b": "blue", "c": "green", "d": "red", "e": "blue", "f": "green"}
 
 
@@ -191,3 +196,49 @@ def test_one_template(base, talks, tmp_path):
     byte_tokenizer().save(bare / "tokenizer.json")
     with pytest.raises(ValueError, match="template = 'v3' does not fit the tokenizer"):
         prepare(config(bare, talks), progress=False)
+
+
+def test_adapters_alone_are_trained_and_merge():
+    targets = ("w_q", "w_v", "w_o", "w_down")
+    run = run_config(micro("llm", num_hidden_layers=1), lora=LoRA(rank=3, alpha=6.0, targets=targets), batch_size=2)
+    first = init_state(run)
+    before = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat(first.params)}
+    batch = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 17)), jnp.int32)}
+    step = jax.jit(make_train_step(run))
+    state, metrics = step(first, batch)
+    losses = [metrics["loss"]]
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(metrics["loss"])
+    assert losses[-1] < losses[0]
+    adapters = {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in flat(state.lora["adapters"])}
+    sums = {"w_q": "ldr,lrnh->ldnh", "w_v": "ldr,lrnh->ldnh", "w_o": "lnhr,lrd->lnhd", "w_down": "lfr,lrd->lfd"}
+    changed = set()
+    for path, leaf in flat(state.params):
+        key, name = jax.tree_util.keystr(path), path[-1].key
+        expected = before[key]
+        if name in targets:
+            expected = expected + 2.0 * np.einsum(sums[name], adapters[f"{key}['a']"], adapters[f"{key}['b']"])
+            assert np.abs(leaf - before[key]).max() > 1e-4
+            changed.add(name)
+            np.testing.assert_allclose(leaf, expected, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(leaf, expected)
+    assert changed == set(targets) and len(adapters) == 2 * len(targets)
+    for path, leaf in flat(state.lora["base"]):
+        np.testing.assert_array_equal(leaf, before[jax.tree_util.keystr(path)])
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert moments < 2 * sum(leaf.size for leaf in jax.tree.leaves(state.lora["adapters"])) + 10
+
+
+def test_adapters_of_experts_lie_on_a_mesh():
+    run = run_config(micro("v3"), lora=LoRA(rank=2), mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
+    state = abstract_state(run, make_mesh(run.mesh))
+    experts = state.lora["adapters"]["moe_layers"]["ffn"]["experts"]["w_down"]
+    assert experts["a"].shape == (2, 8, 24, 2) and experts["b"].shape == (2, 8, 2, 32)
+    assert tuple(experts["a"].sharding.spec) == (None, "expert", "tensor", None)
+    assert state.lora["base"]["embed"] == state.params["embed"]
+    with pytest.raises(ValueError, match=r"LoRA.targets = .'w_x',.: give some of w_q"):
+        LoRA(targets=("w_x",))
+    with pytest.raises(ValueError, match=r"LoRA.targets = .'w_q',.: the model has none of these matrices"):
+        abstract_state(replace(run, lora=LoRA(targets=("w_q",))))

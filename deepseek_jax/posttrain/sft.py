@@ -21,6 +21,7 @@ from deepseek_jax.posttrain.common import PostConfig, Rate
 from deepseek_jax.serialize import check_types
 from deepseek_jax.training.config import RunConfig, SpikeSkip
 from deepseek_jax.training.loop import train
+from deepseek_jax.training.lora import LoRA
 from deepseek_jax.training.run import Run
 from deepseek_jax.training.schedule import Phase, Phases
 
@@ -48,6 +49,8 @@ class SFT(PostConfig):
     bias_update_speed: float = 0.0
     """γ of the selection bias. V3 ends pre-training with 0; a few kinds of conversations say little about a fair load,
     and balancing by them would send their tokens past the experts that know them."""
+    lora: LoRA | None = None
+    """Trains low-rank adapters of the weights in place of the weights; what the run leaves is merged."""
     ema_decay: float | None = None
     """Decay a step of a running mean of the weights, kept beside them and evaluated too."""
     spike_skip: SpikeSkip | None = None
@@ -115,7 +118,7 @@ def prepare(config: SFT, *, progress: bool = True) -> tuple[RunConfig, Chats]:
         "seq_len", "batch_size", "accumulation", "optimizer", "mesh", "init_from", "loss_chunk", "seed", "log_every",
         "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints", "verify_checkpoints", "on_save_error",
         "spike_skip", "max_skipped_in_a_row", "hang_timeout_s", "writers", "mtp_loss_weight", "bias_update_speed",
-        "ema_decay",
+        "lora", "ema_decay",
     )  # fmt: skip
     run = RunConfig(
         model=model,

@@ -22,7 +22,7 @@ from deepseek_jax.training.state import TrainState, abstract_state, init_state, 
 # Fields that decide what a step computes. Others (logging, checkpoints, mesh …) may change from start to start.
 _PINNED = (
     "model", "schedule", "optimizer", "batch_size", "seq_len", "accumulation", "batch_ramp", "train_tokens",
-    "mtp_loss_weight", "bias_update_speed", "ema_decay", "spike_skip", "seed",
+    "mtp_loss_weight", "bias_update_speed", "lora", "ema_decay", "spike_skip", "seed",
 )  # fmt: skip
 
 

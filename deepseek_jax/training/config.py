@@ -8,6 +8,7 @@ from deepseek_jax.chat.data import ChatData
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.training.lora import LoRA
 from deepseek_jax.training.schedule import BatchRamp, ByTokens, Plan, Schedule, make_plan
 
 
@@ -75,6 +76,8 @@ class RunConfig:
     """λ of the multi-token loss (V3 section 4.2: 0.3 for 10T tokens, then 0.1)."""
     bias_update_speed: float | ByTokens = 0.001
     """γ of the selection bias (V3 section 4.2: 0.001 for 14.3T tokens, then 0). 0 leaves the bias as it is."""
+    lora: LoRA | None = None
+    """Trains low-rank adapters of the weights in place of the weights."""
     ema_decay: float | None = None
     """Decay a step of a running mean of the weights, kept beside them and evaluated too (V3 section 3.2.3)."""
     init_from: str | None = None

@@ -12,6 +12,7 @@ from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import tree_shardings, unbox
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.guard import Guard, init_guard
+from deepseek_jax.training.lora import init_adapters
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.types import Array
 
@@ -29,17 +30,32 @@ class TrainState:
     ema: Any
     """Running mean of the parameters; `{}` where the run keeps none."""
     guard: Guard
+    lora: Any = struct.field(default_factory=dict)
+    """"base": the frozen weights, "adapters": what is trained; `params` are then the two merged. `{}` where `params`
+    themselves are trained."""
+
+    @property
+    def trained(self) -> Any:
+        """What the optimizer updates."""
+        return self.lora["adapters"] if self.lora else self.params
 
 
 def new_state(config: RunConfig, params: Any, router: Any) -> TrainState:
     """The state of a run that begins with these weights and selection biases (`{}` where the model has none)."""
+    lora = {}
+    if config.lora is not None:
+        key = jax.random.fold_in(jax.random.key(config.seed), 0x10FA)  # not that of the weights themselves
+        base = jax.tree.map(lambda param: jnp.array(param, copy=True), params)
+        lora = {"base": base, "adapters": init_adapters(config.lora, params, key)}
+    trained = lora.get("adapters", params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         router=router,
-        opt_state=make_optimizer(config.optimizer, lambda step: jnp.zeros(())).init(params),
+        opt_state=make_optimizer(config.optimizer, lambda step: jnp.zeros(())).init(trained),
         ema={} if config.ema_decay is None else jax.tree.map(_wide_copy, params),
         guard=init_guard(config.spike_skip, at_least_float32(config.model.dtype)),
+        lora=lora,
     )
 
 

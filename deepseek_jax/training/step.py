@@ -16,6 +16,7 @@ from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.training.bias import bias_spread, max_violation, update_router
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.guard import chosen, judge
+from deepseek_jax.training.lora import merged
 from deepseek_jax.training.loss import Losses, loss_parts, make_totals
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedule import RATES, rates
@@ -44,14 +45,17 @@ def make_train_step(config: RunConfig) -> TrainStep:
     optimizer = make_optimizer(config.optimizer, lambda update: rates_at(update)["learning_rate"])
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def whole(trained: Any) -> Any:
+            return trained if config.lora is None else merged(config.lora, state.lora["base"], trained)
+
         totals = make_totals(batch, depth, wide)
         now = rates_at(state.step)
 
         def piece(batch: Batch) -> tuple[Any, Array, Losses]:
-            def objective(params: Any) -> tuple[Array, Losses]:
-                return loss_parts(config, params, state.router, batch, totals, now["mtp_loss_weight"])
+            def objective(trained: Any) -> tuple[Array, Losses]:
+                return loss_parts(config, whole(trained), state.router, batch, totals, now["mtp_loss_weight"])
 
-            (total, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            (total, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.trained)
             return grads, total, losses
 
         pieces = _pieces(config, batch)
@@ -59,8 +63,9 @@ def make_train_step(config: RunConfig) -> TrainStep:
         grads = jax.tree.map(lambda grad: grad.astype(at_least_float32(grad.dtype)), grads)
         grad_norm = optax.tree.norm(grads)
         ok, guard = judge(config.spike_skip, state.guard, total, grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        trained: Any = optax.apply_updates(state.trained, updates)
+        params = whole(trained)
         router = state.router
         if router:
             router = update_router(router, losses.router, now["bias_update_speed"])
@@ -71,6 +76,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
             opt_state=opt_state,
             ema=_running_mean(config.ema_decay, state.ema, params),
             guard=guard,
+            lora={**state.lora, "adapters": trained} if state.lora else {},
         )
         new = replace(chosen(ok, new, replace(state, guard=guard)), guard=guard)
         metrics = {
