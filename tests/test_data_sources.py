@@ -10,8 +10,11 @@ import time
 import pytest
 from texts import content_hash, make_documents
 
+from deepseek_jax.chat.data import Messages
+from deepseek_jax.chat.rows import conversation_of
 from deepseek_jax.data import reading, records
 from deepseek_jax.data.reading import Corpus, held_out_below
+from deepseek_jax.data.rows import read_rows
 from deepseek_jax.data.sources import ArrayRecord, Jsonl, Parquet, TextFiles, Tfds
 
 TEXTS = [document.text for document in make_documents(30)]
@@ -96,6 +99,7 @@ def test_array_record(tmp_path):
 
 
 BUILDER = """
+import numpy as np
 import tensorflow_datasets as tfds
 
 class TinyCorpus(tfds.core.GeneratorBasedBuilder):
@@ -110,6 +114,17 @@ class TinyCorpus(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(300):
             yield i, {"body": f"document {i}"}
+
+class TinyChats(TinyCorpus):
+    def _info(self):
+        message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+        features = {"messages": tfds.features.Sequence(message), "score": tfds.features.Scalar(np.int32)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        for i in range(5):
+            asked = {"role": "user", "content": f"question {i}"}
+            yield i, {"messages": [asked, {"role": "assistant", "content": "é"}], "score": i}
 """
 
 
@@ -122,7 +137,8 @@ def tfds_dir(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    module.TinyCorpus(data_dir=folder / "data", file_format="array_record").download_and_prepare()
+    for builder in (module.TinyCorpus, module.TinyChats):
+        builder(data_dir=folder / "data", file_format="array_record").download_and_prepare()
     return folder / "data"
 
 
@@ -134,6 +150,16 @@ def test_tfds_reads_a_prepared_dataset_without_tensorflow(tfds_dir, tmp_path, mo
     assert scan_of(source, tmp_path).documents == 300
     assert "tensorflow" not in sys.modules
     assert texts_of(Tfds(dataset="tiny_corpus:1.0.0", field="body", data_dir=str(tfds_dir))) == texts
+
+
+def test_tfds_gives_whole_rows(tfds_dir):
+    source = Tfds(dataset="tiny_chats", data_dir=str(tfds_dir))
+    rows = dict(read_rows(source, lambda *_: pytest.fail("something was left out"), ("messages",)))
+    assert len(rows) == 5 and "tiny_chats:train:1" in rows
+    chats = {str(conversation_of(row, Messages(), where).messages) for where, row in rows.items()}
+    assert chats == {
+        str([{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "é"}]) for i in range(5)
+    }
 
 
 @pytest.mark.parametrize(
