@@ -88,8 +88,11 @@ def test_packed_loss_is_the_sum_of_the_unpacked(tmp_path):
     np.testing.assert_allclose(sums[True][:2], sums[False][:2], rtol=1e-5)
 
 
-def test_fine_tunes_published_weights_and_goes_on_bit_for_bit(base, talks, tmp_path):
-    """From an HF folder to an HF folder; killed after half of its steps, it is the same run."""
+def test_fine_tunes_published_weights_and_goes_on_bit_for_bit(base, tmp_path):
+    """From an HF folder to an HF folder, on a mixture of packed sources; killed after half of its steps, it is the same
+    run."""
+    rows = [talk(q, a) for q, a in ANSWERS.items()]
+    one, two = write(tmp_path / "one.jsonl", rows[:3]), write(tmp_path / "two.jsonl", rows[3:])
     file = tmp_path / "tune.py"
     file.write_text(
         textwrap.dedent(
@@ -99,8 +102,11 @@ def test_fine_tunes_published_weights_and_goes_on_bit_for_bit(base, talks, tmp_p
 
             def get_config():
                 return dsj.SFT(
-                    init_from={str(base)!r}, template="v3", batch_size=8, seq_len=24, epochs=80, loss_chunk=8,
-                    data=dsj.ChatData(sources=(dsj.ChatJsonl(path={talks!r}),), held_out_fraction=0.2),
+                    init_from={str(base)!r}, template="v3", batch_size=8, seq_len=24, epochs=40, loss_chunk=8,
+                    data=dsj.ChatData(
+                        sources=(dsj.ChatJsonl(path={one!r}), dsj.ChatJsonl(path={two!r}, weight=2.0)),
+                        held_out_fraction=0.2,
+                    ),
                     rate=Rate(peak=1e-2, shape="cosine"), log_every=5, eval_every=15, checkpoint_every=15,
                 )
             """
@@ -112,7 +118,7 @@ def test_fine_tunes_published_weights_and_goes_on_bit_for_bit(base, talks, tmp_p
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["template"] == "v3" and manifest["config"]["data"]["type"] == "ChatData"
     assert lines[-1]["step"] == 30 and lines[-1]["loss"] < 0.1 * lines[1]["loss"]
-    assert manifest["data"]["epoch_windows"] == 3.0  # two conversations a window
+    assert manifest["data"]["epoch_windows"] == 2 + 2 * 2  # of two conversations and of one, the second source twice
 
     loaded = dsj.open_model(whole)
     prompts = [
