@@ -7,16 +7,22 @@ EXTRAS ?=
 WORKERS ?= 2
 # Arguments passed on: `make test ARGS="-k mla"`, `make quickstart ARGS="--steps 50"`.
 ARGS ?=
+# Of `make r1-demo`.
+SEED ?= 0
 
 install = @sh scripts/venv.sh $(VENV)
 
-.PHONY: help quickstart test lint format notebooks goldens studies
+.PHONY: help quickstart r1-demo test lint format notebooks goldens studies
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 quickstart: ## train a small DeepSeek-V3 on Python's own standard library, from nothing
 	$(install) "$(EXTRAS)"
 	$(VENV)/bin/deepseek-jax train configs/quickstart.py --run-dir runs/quickstart $(ARGS)
+
+r1-demo: ## R1-Zero's claim in minutes on a CPU, from nothing: make r1-demo SEED=0
+	$(install) "$(EXTRAS)"
+	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/r1_zero_small/run.py --seed $(SEED)
 
 test: ## run the tests, on the CPU unless JAX_PLATFORMS says otherwise
 	$(install) "test,$(EXTRAS)"
