@@ -31,6 +31,7 @@ from deepseek_jax.posttrain.policy import (
     variables_of,
 )
 from deepseek_jax.posttrain.prompts import Problems, Prompter
+from deepseek_jax.posttrain.reward_model import open_reward_model
 from deepseek_jax.posttrain.rewards import OpenModel, Scores, open_rewards
 from deepseek_jax.posttrain.rollout import pack
 from deepseek_jax.posttrain.sampler import Completion, Sampler
@@ -85,7 +86,7 @@ def grpo(
         )  # fmt: skip
         with open_rewards(
             config.rewards, allow_unsafe_code=config.allow_unsafe_code, workers=config.reward_workers,
-            open_model=open_model,
+            open_model=open_model or partial(open_reward_model, mesh=session.mesh),
         ) as scorer:  # fmt: skip
             learner = _Learner(config, session, start.model, prompter, train, test, scorer)
             kl = config.loss.kl > 0
