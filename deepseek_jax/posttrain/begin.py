@@ -18,7 +18,7 @@ from deepseek_jax.infer.load import template_of
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import tree_shardings, unbox
-from deepseek_jax.posttrain.common import PostConfig
+from deepseek_jax.posttrain.common import From
 from deepseek_jax.serialize import from_dict
 from deepseek_jax.training.devices import fit_dtype
 
@@ -40,15 +40,20 @@ class Start:
     load: Callable[[], dict[str, Any]]
 
 
-def open_start(config: PostConfig, mesh: Mesh, field: str = "init_from", *, mtp: bool = False) -> Start:
+def open_start(
+    config: From, mesh: Mesh, field: str = "init_from", *, folder: str | None = None, mtp: bool = False
+) -> Start:
     """Looks into the folder that `config.init_from` (or another `field` of `config`) names; reads no weights yet.
+
+    `folder` is the folder where the field is one within another, such as "teachers[0].path".
 
     Multi-token modules stay where `mtp` is given alone: reinforcement learning neither trains nor uses them.
 
     Raises: ValueError for a folder that is neither kind, lacks its tokenizer, or whose model is smaller than it.
     """
-    source = storage.path(getattr(config, field))
-    what = f"{type(config).__name__}.{field} = {getattr(config, field)!r}"
+    folder = getattr(config, field) if folder is None else folder
+    source = storage.path(folder)
+    what = f"{type(config).__name__}.{field} = {folder!r}"
     if (source / "manifest.json").exists():
         values = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["config"]["model"]
         found = from_dict(ModelConfig, values)
@@ -83,7 +88,7 @@ def abstract_model(model: ModelConfig, mesh: Mesh) -> Any:
     )
 
 
-def _load(model: ModelConfig, source: Any, mesh: Mesh, what: str, config: PostConfig) -> dict[str, Any]:
+def _load(model: ModelConfig, source: Any, mesh: Mesh, what: str, config: From) -> dict[str, Any]:
     if not (source / "manifest.json").exists():
         from deepseek_jax.interop.load import load_hf
 

@@ -38,13 +38,13 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostConfig:
-    """What SFT's younger sisters share: reinforcement learning, preference learning, distillation."""
+class From:
+    """A model of which something is made."""
 
     init_from: str
     """Run folder (its last good checkpoint) or published checkpoint with the weights of step 0 and the tokenizer."""
-    rate: Rate
-    optimizer: AdamW = field(default_factory=AdamW)
+    template: str | None = None
+    """Chat template by name, or "none": texts as they are. None: that of `init_from`, and where it has none, "none"."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the products; None: what a run was trained in, of a published checkpoint bfloat16, on a CPU float32."""
@@ -52,18 +52,32 @@ class PostConfig:
     """Of the parameters that are updated."""
     remat: Literal["none", "v3", "full"] | None = None
     """What the backward pass computes anew; None: as `init_from` says."""
-    template: str | None = None
-    """Chat template by name, or "none": texts as they are. None: that of `init_from`, and where it has none, "none"."""
+    seed: int = 0
+    verify_checkpoints: Literal["full", "sampled", "off"] = "full"
+    """How much of a checkpoint is compared with its SHA-256 manifest before it is restored; "off" writes none either."""
+
+    def __post_init__(self) -> None:
+        self.check(bool(self.init_from), "init_from", "give a run folder or a published checkpoint")
+        self.check(0 <= self.seed < 2**32, "seed", "must be in [0, 2**32)")
+
+    def check(self, condition: bool, name: str, remedy: str) -> None:
+        """Raises ValueError, with the field's value and the remedy, unless the condition holds."""
+        require(condition, type(self).__name__, name, getattr(self, name), remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostConfig(From):
+    """What all runs of post-training share."""
+
+    rate: Rate
+    optimizer: AdamW = field(default_factory=AdamW)
     loss_chunk: int = 512
     """Places of a sequence whose logits exist at once."""
-    seed: int = 0
     log_every: int = 1
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
-    verify_checkpoints: Literal["full", "sampled", "off"] = "full"
-    """How much of a checkpoint is compared with its SHA-256 manifest before it is restored; "off" writes none either."""
     max_skipped_in_a_row: int = 10
     """The run stops when so many updates in a row were not finite, and so were not applied."""
     hang_timeout_s: float = 1800.0
@@ -72,13 +86,8 @@ class PostConfig:
     """Where metrics go beside metrics.jsonl: "tensorboard", "wandb", or "package.module:factory"."""
 
     def __post_init__(self) -> None:
-        self.check(bool(self.init_from), "init_from", "give a run folder or a published checkpoint")
+        super().__post_init__()
         for name in ("loss_chunk", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_in_a_row"):
             self.check(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("eval_every", "hang_timeout_s"):
             self.check(getattr(self, name) >= 0, name, "must not be negative")
-        self.check(0 <= self.seed < 2**32, "seed", "must be in [0, 2**32)")
-
-    def check(self, condition: bool, name: str, remedy: str) -> None:
-        """Raises ValueError, with the field's value and the remedy, unless the condition holds."""
-        require(condition, type(self).__name__, name, getattr(self, name), remedy)

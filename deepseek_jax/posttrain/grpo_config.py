@@ -8,7 +8,7 @@ from typing import Literal
 from deepseek_jax.posttrain.advantage import Scale
 from deepseek_jax.posttrain.common import PostConfig
 from deepseek_jax.posttrain.objective import PolicyLoss
-from deepseek_jax.posttrain.prompts import ProblemFile
+from deepseek_jax.posttrain.prompts import Mix, ProblemFile
 from deepseek_jax.posttrain.rewards import RewardKind
 from deepseek_jax.posttrain.tasks import ChainSum, Countdown, ReasoningGym, RunningSum
 
@@ -21,7 +21,7 @@ class GRPO(PostConfig):
     each time from another part of them. R1-Zero: 32 prompts, 16 samples, lr 3e-6, KL 0.001, a new reference every 400 steps.
     """
 
-    problems: RunningSum | ChainSum | Countdown | ReasoningGym | ProblemFile
+    problems: RunningSum | ChainSum | Countdown | ReasoningGym | ProblemFile | Mix
     rewards: tuple[RewardKind, ...]
     steps: int
     loss: PolicyLoss = field(default_factory=PolicyLoss)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from deepseek_jax.config import require
+from deepseek_jax.data.pipeline import Mixture
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.posttrain.tasks import Problem, Split, Task, problem, read_problems, split_of
+from deepseek_jax.posttrain.tasks import (
+    ChainSum,
+    Countdown,
+    Problem,
+    ReasoningGym,
+    RunningSum,
+    Split,
+    problem,
+    read_problems,
+    split_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +39,39 @@ class ProblemFile:
         require(bool(self.path), "ProblemFile", "path", self.path, "give a JSONL file")
 
 
+Source = RunningSum | ChainSum | Countdown | ReasoningGym | ProblemFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some of a mixture's problems."""
+
+    name: str
+    """What rewards (`Only`) and messages call it."""
+    problems: Source
+    weight: float = 1.0
+    """Its share of the problems, relative to the other parts' weights."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "Part", "name", self.name, "give it a name")
+        require(0 < self.weight < math.inf, "Part", "weight", self.weight, "must be greater than 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Problems of several kinds, interleaved evenly in fixed proportions."""
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        require(len(names) > 0 and len(set(names)) == len(names), "Mix", "parts", names, "must have names that differ")
+
+
 class Problems:
     """Problems without end, each by its number; the position is the number of the next one."""
 
-    def __init__(self, source: Task | ProblemFile, split: Split, seed: int):
+    def __init__(self, source: Source | Mix, split: Split, seed: int):
         """
         Raises: ValueError for a file that cannot be read, or holds no problem of the split.
         """
@@ -38,6 +79,10 @@ class Problems:
         self._split: Split = split
         self._next = 0
         self._file: list[Problem] | None = None
+        self._parts: Mixture | None = None
+        if isinstance(source, Mix):
+            parts = [Problems(part.problems, split, seed) for part in source.parts]
+            self._parts = Mixture(parts, [part.weight for part in source.parts])
         if isinstance(source, ProblemFile):
             every = read_problems(source.path, prompt=source.prompt, answer=source.answer)
             self._file = [p for p in every if split_of(p.prompt) == split]
@@ -49,8 +94,12 @@ class Problems:
 
     def __getitem__(self, index: int) -> Problem:
         """Problem number `index`; those of a file come in a new order each epoch."""
+        if self._parts is not None:
+            assert isinstance(self._source, Mix)
+            part, inner = self._parts.place(index)
+            return replace(self._parts.sources[part][inner], source=self._source.parts[part].name)
         if self._file is None:
-            assert not isinstance(self._source, ProblemFile)
+            assert not isinstance(self._source, ProblemFile | Mix)
             return problem(self._source, self._split, index, self._seed)
         epoch, place = divmod(index, len(self._file))
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._file))

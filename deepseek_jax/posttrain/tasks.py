@@ -32,6 +32,8 @@ class Problem:
     """A worked solution without the answer, where the task has one: for documents that write their steps down."""
     extra: tuple[tuple[str, Any], ...] = ()
     """What else a checker needs, such as countdown's numbers."""
+    source: str = ""
+    """The part of a mixture that it is of; rewards may be for some parts alone."""
 
 
 def split_of(prompt: str) -> Split:
@@ -159,7 +161,7 @@ def problems(task: Task, split: Split, count: int, seed: int = 0) -> Iterator[Pr
 
 
 def read_problems(path: storage.AnyPath, *, prompt: str = "prompt", answer: str = "answer") -> list[Problem]:
-    """Problems of a JSONL file, a line each.
+    """Problems of a JSONL file, a line each; "tests" are the test cases of a program that is asked for.
 
     Raises: ValueError for a line that is no object or lacks a field, with its number.
     """
@@ -174,5 +176,18 @@ def read_problems(path: storage.AnyPath, *, prompt: str = "prompt", answer: str 
         missing = [name for name in (prompt, answer) if not isinstance(row, dict) or name not in row]
         if missing:
             raise ValueError(f"{path}, line {number}: no field {', '.join(missing)}")
-        found.append(Problem(prompt=str(row[prompt]), answer=str(row[answer])))
+        found.append(Problem(prompt=str(row[prompt]), answer=str(row[answer]), extra=_extra(row, path, number)))
     return found
+
+
+def _extra(row: dict[str, Any], path: storage.AnyPath, number: int) -> tuple[tuple[str, Any], ...]:
+    """Test cases of a program, where a row has them: "tests": [{"input": …, "output": …}, …]."""
+    if "tests" not in row:
+        return ()
+    try:
+        tests = tuple((str(test["input"]), str(test["output"])) for test in row["tests"])
+    except (TypeError, KeyError):
+        raise ValueError(
+            f"{path}, line {number}: tests must be a list of objects with input and output, both texts"
+        ) from None
+    return (("tests", tests),)

@@ -10,6 +10,7 @@ from deepseek_jax.posttrain.rewards.kinds import (
     Language,
     Length,
     ModelReward,
+    Only,
     Overlong,
     RewardKind,
 )
@@ -29,7 +30,7 @@ from deepseek_jax.posttrain.rewards.rules import (
 from deepseek_jax.posttrain.rewards.scorer import OpenModel, RewardsFailed, Scorer, Scores, open_rewards
 
 __all__ = [
-    "ANSWER", "THINK", "Accuracy", "Code", "Custom", "Format", "Item", "Judge", "Language", "Length", "ModelReward",
+    "ANSWER", "THINK", "Accuracy", "Code", "Custom", "Format", "Item", "Judge", "Language", "Length", "ModelReward", "Only",
     "OpenModel", "Outcome", "Overlong", "RewardKind", "RewardsFailed", "Scorer", "Scores", "accuracy", "checked",
     "countdown", "equal_answers", "final_answer", "has_format", "language_share", "open_rewards", "overlong_penalty",
     "plain_accuracy",

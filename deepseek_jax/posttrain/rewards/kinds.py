@@ -225,9 +225,32 @@ class ModelReward:
         require(bool(self.path), "ModelReward", "path", self.path, "must be the folder of a reward model")
 
 
-RewardKind = Accuracy | Format | Language | Overlong | Length | Code | Judge | Custom | ModelReward
+@dataclass(frozen=True, kw_only=True)
+class Only:
+    """A reward for some parts of a mixture of problems alone; it gives 0 to the others, and is not asked."""
+
+    reward: Accuracy | Format | Language | Overlong | Code | Judge | Custom | ModelReward
+    parts: tuple[str, ...]
+    """Names of parts (`prompts.Part`)."""
+
+    @property
+    def weight(self) -> float:
+        """The reward's."""
+        return self.reward.weight
+
+    @property
+    def name(self) -> str | None:
+        """The reward's."""
+        return self.reward.name
+
+    def __post_init__(self) -> None:
+        require(len(self.parts) > 0, "Only", "parts", self.parts, "give at least one part's name")
+
+
+RewardKind = Only | Accuracy | Format | Language | Overlong | Length | Code | Judge | Custom | ModelReward
 
 
 def name_of(kind: RewardKind) -> str:
     """What the reward is called in metrics."""
+    kind = kind.reward if isinstance(kind, Only) else kind
     return kind.name or {"ModelReward": "model"}.get(type(kind).__name__, type(kind).__name__.lower())

@@ -53,13 +53,17 @@ class Scores:
 class Scorer:
     """Rewards that are open; made by `open_rewards`."""
 
-    def __init__(self, rewards: Mapping[str, tuple[Reward, float]], lengths: Mapping[str, kinds_.Length]):
+    def __init__(
+        self, rewards: Mapping[str, tuple[Reward, float]], lengths: Mapping[str, kinds_.Length],
+        only: Mapping[str, tuple[str, ...]],
+    ):  # fmt: skip
         """
         Args:
             rewards: each reward's function and weight, by name.
             lengths: those that are worked out from the others' scores, by name.
+            only: the parts of a mixture that a reward is for, by its name; those that are for all are not in it.
         """
-        self._rewards, self._lengths = rewards, lengths
+        self._rewards, self._lengths, self._only = rewards, lengths, only
 
     def score(self, items: Sequence[Item]) -> Scores:
         """Works out every reward of every item.
@@ -71,12 +75,17 @@ class Scorer:
         parts: dict[str, np.ndarray] = {}
         failures: Counter[str] = Counter()
         for name, (reward, weight) in self._rewards.items():
-            outcomes = [_sound(outcome) for outcome in _asked(reward, items)]
+            only = self._only.get(name)
+            chosen = [i for i, item in enumerate(items) if only is None or item.problem.source in only]
+            outcomes = [Outcome(0.0)] * B
+            for i, outcome in zip(chosen, _asked(reward, [items[i] for i in chosen]), strict=True):
+                outcomes[i] = _sound(outcome)
             reasons = Counter(f"{name}: {outcome.reason}" for outcome in outcomes if outcome.reason)
-            if B and reasons.total() == B:
+            if chosen and reasons.total() == len(chosen):
                 [(reason, count), *_] = reasons.most_common()
                 raise RewardsFailed(
-                    f"the reward {name!r} could not be worked out for any of {B} completions; {count} times: {reason}"
+                    f"the reward {name!r} could not be worked out for any of {len(chosen)} completions; {count} times: "
+                    f"{reason}"
                 )
             failures += reasons
             failed |= np.array([bool(outcome.reason) for outcome in outcomes], bool)
@@ -186,7 +195,8 @@ def open_rewards(
             if not isinstance(kind, kinds_.Length)
         }
         lengths = {name: k for name, k in zip(names, kinds, strict=True) if isinstance(k, kinds_.Length)}
-        yield Scorer(rewards, lengths)
+        only = {name: k.parts for name, k in zip(names, kinds, strict=True) if isinstance(k, kinds_.Only)}
+        yield Scorer(rewards, lengths, only)
 
 
 def _opened(
@@ -194,6 +204,8 @@ def _opened(
 ) -> Reward:
     """The reward of one kind; what has to be closed goes onto the stack."""
     match kind:
+        case kinds_.Only(reward=reward):
+            return _opened(reward, stack, allow_unsafe_code, workers, open_model)
         case kinds_.Accuracy(verifier="math", seconds=seconds):
             pool = stack.enter_context(math_pool.MathPool(workers, seconds))
             return lambda items: math_pool.math_accuracy(pool, items)
