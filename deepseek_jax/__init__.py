@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
+    from deepseek_jax.posttrain.distill import distill
+    from deepseek_jax.posttrain.distill_config import Distill
     from deepseek_jax.posttrain.grpo import grpo
     from deepseek_jax.posttrain.grpo_config import GRPO
     from deepseek_jax.posttrain.prefer import Prefer, prefer
@@ -59,6 +61,8 @@ _HOME = {
     "SFT": "posttrain.sft",
     "prefer": "posttrain.prefer",
     "Prefer": "posttrain.prefer",
+    "distill": "posttrain.distill",
+    "Distill": "posttrain.distill_config",
     "ChatData": "chat.data",
     "ChatJsonl": "chat.data",
     "ChatParquet": "chat.data",
@@ -101,6 +105,7 @@ __all__ = [
     "Counts",
     "DeepSeek",
     "Dense",
+    "Distill",
     "Engine",
     "Generation",
     "LinearScaling",
@@ -117,6 +122,7 @@ __all__ = [
     "certify",
     "continue_text",
     "count_params",
+    "distill",
     "generate",
     "get_config",
     "grpo",

@@ -16,6 +16,7 @@ VERBS = {
     "sft": ("deepseek_jax.cli.sft", "fine-tune a model on conversations, or continue the run in its folder"),
     "prefer": ("deepseek_jax.cli.prefer", "learn from preferences: DPO, or a reward model"),
     "grpo": ("deepseek_jax.cli.grpo", "teach a model by rewards, from a config file"),
+    "distill": ("deepseek_jax.cli.distill", "teach a student by its teachers' probabilities, from a config file"),
     "data": ("deepseek_jax.cli.data", "inspect what a run reads: counts, and the first batches as text"),
     "report": ("deepseek_jax.cli.report", "write one HTML page on a run: figures, curves, heat maps, samples"),
     "certify": (
