@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -92,6 +93,7 @@ def _logprobs(model: DeepSeek, params: Any, router: Any, batch: Batch, chunk: in
     return answer_logprobs(hidden, w_DW, targets, mask, chunk).reshape(-1, 2)
 
 
+@lru_cache(maxsize=16)
 def dpo_scores(model: DeepSeek, chunk: int = 512) -> Scores:
     """The function `(state, batch) -> {"logp", "reference"}`, [B, 2] each: log-probabilities of the answers."""
 
@@ -102,6 +104,7 @@ def dpo_scores(model: DeepSeek, chunk: int = 512) -> Scores:
     return scores
 
 
+@lru_cache(maxsize=16)
 def dpo_gradient(model: DeepSeek, config: DPO, chunk: int = 512) -> Gradient:
     """The function `(state, batch, pairs) -> (gradient, metrics)`: shares of a batch of `pairs` pairs, which add up."""
 

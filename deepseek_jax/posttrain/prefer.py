@@ -41,6 +41,8 @@ from deepseek_jax.posttrain.preference_step import (
     abstract_preference,
     init_preference,
     make_preference_update,
+    make_scores,
+    shardings_of,
 )
 from deepseek_jax.posttrain.reward_model import RewardModel, make_head, reward_gradient, reward_scores
 from deepseek_jax.posttrain.session import Line, PostRun, Session
@@ -148,7 +150,8 @@ class _Learner:
         # By the questions' hash: no topic that a file begins with is over-represented.
         self.held_out = sorted(data.held_out, key=lambda example: example.side)[: config.eval_examples]
         self.order = Order(len(data.train), config.seed)
-        model, learn = start.model, config.learn
+        model: Any = start.model  # a linen module can be hashed, which its annotations deny
+        learn = config.learn
         if isinstance(learn, DPO):
             self.reference, self.head = True, None
             gradient, scores = dpo_gradient(model, learn, config.loss_chunk), dpo_scores(model, config.loss_chunk)
@@ -158,8 +161,10 @@ class _Learner:
         self.shapes = abstract_preference(
             model.config, config.optimizer, session.mesh, reference=self.reference, head=self.head
         )
-        self.update = make_preference_update(gradient, config.optimizer, pieces=config.pieces, shapes=self.shapes)
-        self.scores = jax.jit(scores, out_shardings=named_sharding(session.mesh, (), ()))
+        self.update = make_preference_update(
+            gradient, config.optimizer, pieces=config.pieces, shardings=shardings_of(self.shapes)
+        )
+        self.scores = make_scores(scores, session.mesh)
 
     def make(self) -> PreferenceState:
         """The state of step 0."""

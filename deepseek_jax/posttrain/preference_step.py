@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.counts import abstract_variables
-from deepseek_jax.parallel.rules import tree_shardings, unbox
+from deepseek_jax.parallel.rules import named_sharding, tree_shardings, unbox
 from deepseek_jax.posttrain.preference_batches import Batch
 from deepseek_jax.training.config import AdamW
 from deepseek_jax.training.guard import chosen
@@ -85,7 +85,20 @@ def abstract_preference(
     )
 
 
-def make_preference_update(gradient: Gradient, optimizer: AdamW, *, pieces: int = 1, shapes: Any = None) -> Any:
+def shardings_of(shapes: PreferenceState) -> Any:
+    """The shardings of a state, in a form that can be hashed."""
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, shapes))
+    return tree, tuple(leaves)
+
+
+@lru_cache(maxsize=16)
+def make_scores(scores: Scores, mesh: Mesh) -> Any:
+    """The same function jitted; what it gives is whole on every device."""
+    return jax.jit(scores, out_shardings=named_sharding(mesh, (), ()))
+
+
+@lru_cache(maxsize=16)
+def make_preference_update(gradient: Gradient, optimizer: AdamW, *, pieces: int = 1, shardings: Any = None) -> Any:
     """The jitted function `(state, batch, learning rate) -> (state, metrics)`. The state's memory is reused, and where loss
     or gradient are not finite it stays as it is (`applied` is False).
 
@@ -93,11 +106,11 @@ def make_preference_update(gradient: Gradient, optimizer: AdamW, *, pieces: int 
         gradient: of the loss.
         optimizer: its constants.
         pieces: in how many the batch is worked off, one after the other; the update does not depend on it.
-        shapes: the state's, with the shardings that it keeps; None: there is one device.
+        shardings: those that the state keeps, from `shardings_of`; None: there is one device.
     """
-    shardings = None if shapes is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    kept = None if shardings is None else (jax.tree.unflatten(*shardings), None)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    @partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def update(state: PreferenceState, batch: Batch, rate: Array) -> tuple[PreferenceState, dict[str, Any]]:
         examples = batch.labels.shape[0]
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -93,11 +94,13 @@ def _scores(model: DeepSeek, params: Any, router: Any, head: Any, batch: Batch) 
     return scores.reshape(batch.last.shape)
 
 
+@lru_cache(maxsize=16)
 def reward_scores(model: DeepSeek) -> Scores:
     """The function `(state, batch) -> {"score": [B, A]}`."""
     return lambda state, batch: {"score": _scores(model, state.params, state.router, state.head, batch)}
 
 
+@lru_cache(maxsize=16)
 def reward_gradient(model: DeepSeek, config: RewardModel) -> Gradient:
     """The function `(state, batch, examples) -> (gradient, metrics)`: shares of a batch of so many, which add up."""
 
