@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from deepseek_jax.posttrain.grpo import grpo
     from deepseek_jax.posttrain.grpo_config import GRPO
     from deepseek_jax.posttrain.prefer import Prefer, prefer
+    from deepseek_jax.posttrain.r1 import R1, Stage, r1
+    from deepseek_jax.posttrain.reject import Rejection, reject
     from deepseek_jax.posttrain.sft import SFT, sft
     from deepseek_jax.training import RunConfig, certify, train
 
@@ -68,6 +70,11 @@ _HOME = {
     "ChatParquet": "chat.data",
     "ChatTfds": "chat.data",
     "report": "metrics.report",
+    "r1": "posttrain.r1",
+    "R1": "posttrain.r1",
+    "Stage": "posttrain.r1",
+    "reject": "posttrain.reject",
+    "Rejection": "posttrain.reject",
     "grpo": "posttrain.grpo",
     "GRPO": "posttrain.grpo_config",
     "load_hf": "interop.load",
@@ -97,6 +104,7 @@ __all__ = [
     "GQA",
     "GRPO",
     "MLA",
+    "R1",
     "SFT",
     "ChatData",
     "ChatJsonl",
@@ -113,10 +121,12 @@ __all__ = [
     "MoE",
     "ModelConfig",
     "Prefer",
+    "Rejection",
     "Request",
     "Rope",
     "RunConfig",
     "Sampling",
+    "Stage",
     "YarnScaling",
     "__version__",
     "certify",
@@ -132,6 +142,8 @@ __all__ = [
     "load_run",
     "open_model",
     "prefer",
+    "r1",
+    "reject",
     "report",
     "save_hf",
     "sft",

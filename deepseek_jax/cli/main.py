@@ -17,6 +17,7 @@ VERBS = {
     "prefer": ("deepseek_jax.cli.prefer", "learn from preferences: DPO, or a reward model"),
     "grpo": ("deepseek_jax.cli.grpo", "teach a model by rewards, from a config file"),
     "distill": ("deepseek_jax.cli.distill", "teach a student by its teachers' probabilities, from a config file"),
+    "r1": ("deepseek_jax.cli.r1", "run the stages of a pipeline such as R1's, or go on where it was cut off"),
     "data": ("deepseek_jax.cli.data", "inspect what a run reads: counts, and the first batches as text"),
     "report": ("deepseek_jax.cli.report", "write one HTML page on a run: figures, curves, heat maps, samples"),
     "certify": (

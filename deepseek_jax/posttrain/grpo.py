@@ -109,10 +109,10 @@ class _Learner:
     ):  # fmt: skip
         self.config, self.session, self.model, self.scorer = config, session, model, scorer
         self.train, self.test = train, test
-        slots = -(-min(config.slots, config.completions) // degree("batch")) * degree("batch")
         self.sampler = Sampler(
             model, prompter, max_prompt_tokens=config.max_prompt_tokens, max_new_tokens=config.max_new_tokens,
-            slots=slots, keep_routing=config.keep_routing, keep_sampling_mask=config.keep_sampling_mask,
+            slots=min(config.slots, config.completions), keep_routing=config.keep_routing,
+            keep_sampling_mask=config.keep_sampling_mask,
         )  # fmt: skip
         self.update = make_update(
             model, config.loss, config.optimizer, temperature=config.temperature, chunk=config.loss_chunk,

@@ -52,6 +52,8 @@ class Rejection(From):
     """Characters of a paragraph; answers with a longer one are left out."""
     code: bool = True
     """Whether answers may hold blocks of code."""
+    ended: bool = True
+    """Whether answers that were cut off at `max_new_tokens` are left out."""
     slots: int = 64
     block: int = 64
     """Problems whose answers are written at once: what a stop can lose."""
@@ -206,7 +208,7 @@ def _wrong(config: Rejection, completion: Completion, score: float, failed: bool
     text = completion.text
     if failed:
         return "reward failed"
-    if completion.truncated:
+    if config.ended and completion.truncated:
         return "cut off"
     if score < config.at_least:
         return "reward too low"

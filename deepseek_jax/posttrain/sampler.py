@@ -9,6 +9,7 @@ from typing import Any
 
 from deepseek_jax.infer.engine import Engine, Generation, Request, Sampling
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.prompts import Problems, Prompter
 from deepseek_jax.posttrain.rewards import Item
 from deepseek_jax.posttrain.rollout import require_same
@@ -63,6 +64,7 @@ class Sampler:
         """
         self.model, self.prompter = model, prompter
         self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
+        slots = -(-slots // degree("batch")) * degree("batch")  # what a mesh can split
         self.engine = Engine(
             model, None, slots=slots, places=max_prompt_tokens + max_new_tokens, chunk=min(max_prompt_tokens, 1024),
             decode_steps=min(max_new_tokens, 16), prefill_rows=min(8, slots),
