@@ -83,7 +83,7 @@ def our_steps(options: argparse.Namespace, model, variables) -> list[dict]:
     from deepseek_jax.posttrain.advantage import group_advantages
     from deepseek_jax.posttrain.objective import PolicyLoss
     from deepseek_jax.posttrain.policy import init_policy, make_update, variables_of
-    from deepseek_jax.posttrain.rollout import pack
+    from deepseek_jax.posttrain.rollout import pack, require_same
     from deepseek_jax.training import AdamW
 
     tokenizer = Tokenizer.from_file(f"{options.folder}/tokenizer.json")
@@ -103,6 +103,7 @@ def our_steps(options: argparse.Namespace, model, variables) -> list[dict]:
     for number, batch in enumerate(prompts(options)):
         start = time.perf_counter()
         engine.load(variables_of(state.params, state.router))
+        require_same(model, variables_of(state.params, state.router), engine.weights)
         generations = engine.generate([
             Request(
                 prompt=prompt, samples=options.group,

@@ -20,6 +20,7 @@ from deepseek_jax.posttrain.grpo_config import GRPO
 from deepseek_jax.posttrain.objective import PolicyLoss
 from deepseek_jax.posttrain.prompts import ProblemFile
 from deepseek_jax.posttrain.rewards import Accuracy, Custom, RewardsFailed
+from deepseek_jax.posttrain.session import Session
 from deepseek_jax.posttrain.tasks import RunningSum
 from deepseek_jax.training import Stopped
 from deepseek_jax.training.config import AdamW
@@ -94,27 +95,32 @@ def test_rewards_teach(base, tmp_path):
     assert rewards[0] < 0.65 < 0.8 < rewards[-1]
 
 
-@pytest.mark.parametrize("where", ["rollout", "between"])
+@pytest.mark.parametrize("where", ["rollout", "between", "evaluation", "compilation"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, tmp_path, monkeypatch, where):
-    """SIGTERM within a rollout, or before one: the same prompts, samples, updates and lines as without it."""
-    config = config_of(base, steps=4, updates=2, refills=1, rate=Rate(peak=3e-3, shape="cosine", warmup_steps=2))
+    """SIGTERM within a rollout, before an update, in an evaluation or a compilation: prompts, samples, updates and lines
+    are the same as without it."""
+    config = config_of(
+        base, steps=4, updates=2, refills=1, eval_every=2, rate=Rate(peak=3e-3, shape="cosine", warmup_steps=2)
+    )
     whole = grpo(config, tmp_path / "whole", progress=False)
-    calls = []
-    inner = Engine.step if where == "rollout" else room._Learner._count_barren
+    owner, name, call = {
+        "rollout": (Engine, "step", 9), "between": (room._Learner, "_count_barren", 2),
+        "evaluation": (room._Learner, "evaluate", 2), "compilation": (Session, "compiled", 1),
+    }[where]  # fmt: skip
+    inner, calls = getattr(owner, name), []
 
     def interrupted(self, *arguments):
         calls.append(1)
-        if len(calls) == (9 if where == "rollout" else 2):
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return inner(self, *arguments)
 
-    target = (Engine, "step") if where == "rollout" else (room._Learner, "_count_barren")
-    monkeypatch.setattr(*target, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(Stopped) as stopped:
         grpo(config, tmp_path / "cut", progress=False)
     if stopped.value.thread is not None:
         stopped.value.thread.join()
-    assert 0 < stopped.value.step < 4
+    assert stopped.value.step == {"between": 1, "evaluation": 2, "compilation": 0}.get(where, stopped.value.step) < 4
     monkeypatch.undo()
     again = grpo(config, tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
