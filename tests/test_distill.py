@@ -75,7 +75,7 @@ def same(line):
 
 
 def test_a_student_comes_to_its_teacher_on_what_it_writes_itself(folders, tmp_path):
-    config = config_of(folders, steps=30, rate=Rate(peak=3e-2, shape="cosine"), method=dict(samples=8, slots=32))
+    config = config_of(folders, steps=30, rate=Rate(peak=3e-2, shape="cosine"))
     run = distill(config, tmp_path, progress=False)
     before, after = (run.metrics[i]["evaluation"] for i in (0, -1))
     assert after["kl_0"] < before["kl_0"] / 10 and after["agreement_0"] > before["agreement_0"] + 0.3
@@ -88,21 +88,18 @@ def test_a_student_comes_to_its_teacher_on_what_it_writes_itself(folders, tmp_pa
     assert "kl_0" in run.summary()
 
 
-def test_several_teachers_and_rewards_of_an_evaluation(folders, tmp_path):
-    teachers = tuple(Teacher(path=str(folders / name), weight=w) for name, w in (("teacher", 0.5), ("other", 2.0)))
-    rewards = (Custom(function="test_distill:some_digits", name="digits"),)
-    run = distill(
-        config_of(folders, teachers=teachers, steps=1, method=dict(rewards=rewards)), tmp_path, progress=False
-    )
-    line = run.metrics[1]
-    assert line["loss"] == pytest.approx(line["kl"]) == pytest.approx(0.5 * line["kl_0"] + 2 * line["kl_1"], rel=1e-5)
-    assert line["kl_0"] != line["kl_1"] and {"reward", "digits", "greedy_truncated"} <= set(line["evaluation"])
-
-
 @pytest.mark.parametrize("where", ["rollout", "between"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(folders, tmp_path, monkeypatch, where):
-    config = config_of(folders, pieces=2, rate=Rate(peak=3e-3, shape="cosine", warmup_steps=2))
+    """Of two teachers, with rewards in its evaluations; killed in a rollout, and between two."""
+    teachers = tuple(Teacher(path=str(folders / name), weight=w) for name, w in (("teacher", 0.5), ("other", 2.0)))
+    rewards = (Custom(function="test_distill:some_digits", name="digits"),)
+    rate = Rate(peak=3e-3, shape="cosine", warmup_steps=2)
+    config = config_of(folders, teachers=teachers, rate=rate, method=dict(rewards=rewards))
     whole = distill(config, tmp_path / "whole", progress=False)
+    line = whole.metrics[1]
+    assert line["loss"] == pytest.approx(line["kl"]) == pytest.approx(0.5 * line["kl_0"] + 2 * line["kl_1"], rel=1e-5)
+    assert line["kl_0"] != line["kl_1"]
+    assert {"reward", "digits", "greedy_truncated"} <= set(whole.metrics[-1]["evaluation"])
     room, name = (Engine, "step") if where == "rollout" else (Rollouts, "_packed")
     calls, inner = [], getattr(room, name)
 
@@ -192,7 +189,8 @@ def test_documents_the_whole_vocabulary_and_a_resumed_run(folders, tmp_path):
         sources=(TextFiles(path=str(tmp_path / "text")),), held_out_fraction=0.2, cache_dir=str(tmp_path / "cache")
     )
     config = from_logits(folders, data, steps=4, temperature=2.0, mix=0.25, pieces=2, batch_size=16)
-    config = replace(config, template="none", checkpoint_every=2, eval_every=2)
+    teacher = Teacher(path=str(shutil.copytree(folders / "teacher", tmp_path / "teacher")))
+    config = replace(config, template="none", checkpoint_every=2, eval_every=2, teachers=(teacher,))
     whole = distill(config, tmp_path / "whole", progress=False)
     line = whole.metrics[1]
     assert line["loss"] == pytest.approx(0.75 * 4 * line["kl_0"] + 0.25 * line["cross_entropy"], rel=1e-5)
@@ -202,9 +200,13 @@ def test_documents_the_whole_vocabulary_and_a_resumed_run(folders, tmp_path):
     again = distill(config, tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
     assert [same(line) for line in again.metrics] == [same(line) for line in whole.metrics]
-    other = replace(config, teachers=(replace(config.teachers[0], weight=2.0),))
-    with pytest.raises(ValueError, match="in the checkpoint"):
+    other = replace(config, teachers=(replace(teacher, weight=2.0),))
+    with pytest.raises(ValueError, match="teachers: .* in the checkpoint"):
         distill(other, tmp_path / "cut", progress=False)
+    shutil.rmtree(teacher.path)
+    save(tmp_path / "teacher", 7)
+    with pytest.raises(ValueError, match="teacher_fingerprints: .* in the checkpoint"):
+        distill(config, tmp_path / "cut", progress=False)
 
 
 def test_what_cannot_run_is_refused_before_it_begins(folders, chats, tmp_path):

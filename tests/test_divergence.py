@@ -1,6 +1,8 @@
 """The divergences of distillation against loops over tokens, and an update against whole logits."""
 
+import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +63,10 @@ def literal(kind, student, teachers, target):
 
 
 KINDS = {
-    "reverse": Divergence((1.0,), "reverse"),
     "reverse of two": Divergence((0.7, 2.0), "reverse"),
     "forward": Divergence((1.0, 0.3)),
     "forward, warm, mixed": Divergence((1.0, 0.5), temperature=2.5, mix=0.3),
-    "top 3": Divergence((1.0, 0.5), top_k=3),
-    "top 3, warm, mixed": Divergence((0.8,), temperature=1.7, mix=0.2, top_k=3),
+    "top 3, warm, mixed": Divergence((0.8, 0.5), temperature=1.7, mix=0.2, top_k=3),
     "all as top k": Divergence((1.0,), top_k=11),
 }
 
@@ -119,13 +119,19 @@ def test_values_and_gradients_are_those_of_loops_over_tokens(name):
 def test_the_divergence_of_the_likeliest_tokens_is_at_most_the_whole():
     draw = np.random.default_rng(3)
     student, teacher = (jnp.asarray(3 * draw.normal(size=(4, 6, 50)), jnp.float32) for _ in range(2))
-    found = [kl_from_top_k(top_k_of(teacher, k), student) for k in (1, 5, 20, 50)]
-    for less, more in zip(found, [*found[1:], kl(teacher, student)], strict=True):
+
+    @jax.jit
+    def found(student, teacher):
+        return [kl_from_top_k(top_k_of(teacher, k), student) for k in (1, 5, 20, 50)] + [kl(teacher, student)]
+
+    *parts, whole = found(student, teacher)
+    for less, more in itertools.pairwise([*parts, whole]):
         assert (less <= more + 1e-5).all()
-    np.testing.assert_allclose(found[-1], kl(teacher, student), rtol=1e-5, atol=1e-6)
+    assert (parts[0] < 0.5 * whole).any()
+    np.testing.assert_allclose(parts[-1], whole, rtol=1e-5, atol=1e-6)
 
 
-def test_an_update_is_autodiff_through_whole_logits_in_one_piece_or_two():
+def test_an_update_in_pieces_is_autodiff_through_whole_logits():
     config = micro("llm-gqa", num_hidden_layers=1)
     other = micro("llm-gqa", num_hidden_layers=1, hidden_size=24)
     variables, theirs = random_variables(config), random_variables(other, seed=9)
@@ -135,32 +141,28 @@ def test_an_update_is_autodiff_through_whole_logits_in_one_piece_or_two():
     batch = Batch(tokens, jnp.asarray(mask))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    q = jax.nn.log_softmax(jax.jit(teacher.apply)(theirs, tokens[:, :-1]).logits)
-
-    def loss(params):
+    @jax.jit
+    @jax.value_and_grad
+    def whole(params):
         p = jax.nn.log_softmax(model.apply({"params": params}, tokens[:, :-1]).logits)
+        q = jax.nn.log_softmax(teacher.apply(theirs, tokens[:, :-1]).logits)
         return 0.5 * jnp.where(mask, (jnp.exp(p) * (p - q)).sum(axis=-1), 0).sum() / mask.sum()
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
-    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
-    metrics, update = {}, None
-    for pieces in (1, 2):
-        state = init_policy(optimizer, variables, reference=False)
-        update = make_distill_update(model, (teacher,), kind, optimizer, mesh, chunk=4, pieces=pieces)
-        new, metrics = update(state, (theirs,), batch, jnp.float32(1e-2))
-        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
-        moments = new.opt_state[1][0].mu
-        assert_trees_close(moments, jax.tree.map(lambda g: 0.1 * min(1.0, 1.0 / norm) * g, grads), rtol=1e-4)
-        assert metrics["applied"] and metrics["kl_0"] == pytest.approx(2 * float(value), rel=1e-5)
+    value, grads = whole(variables["params"])
+    norm = math.sqrt(sum(float((np.asarray(g) ** 2).sum()) for g in jax.tree.leaves(grads)))
+    begin = jax.jit(partial(init_policy, optimizer, reference=False))
+    update = make_distill_update(model, (teacher,), kind, optimizer, mesh, chunk=4, pieces=2)
+    new, metrics = update(begin(variables), (theirs,), batch, jnp.float32(1e-2))
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    moments = new.opt_state[1][0].mu
+    clipped = jax.tree.map(lambda g: 0.1 * min(1.0, 1.0 / norm) * np.asarray(g), grads)
+    assert_trees_close(moments, clipped, rtol=1e-4)
+    assert metrics["applied"] and metrics["kl_0"] == pytest.approx(2 * float(value), rel=1e-5)
     sums = make_measure(model, (teacher,), kind, mesh, chunk=4)(variables, (theirs,), batch)
     for name in ("loss", "kl", "kl_0", "agreement_0", "entropy", "cross_entropy"):
         np.testing.assert_allclose(sums[name] / mask.sum(), metrics[name], rtol=1e-5, atol=1e-7)
-    nan = jax.tree.map(lambda x: x * jnp.nan, theirs)
-    state, before = (
-        init_policy(optimizer, variables, reference=False),
-        init_policy(optimizer, variables, reference=False),
-    )
-    after, metrics = update(state, (nan,), batch, jnp.float32(1e-2))
+    nan = jax.tree.map(lambda x: x * np.nan, theirs)
+    after, metrics = update(begin(variables), (nan,), batch, jnp.float32(1e-2))
     assert not metrics["applied"]
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    jax.tree.map(np.testing.assert_array_equal, after, begin(variables))

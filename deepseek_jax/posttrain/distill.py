@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from deepseek_jax import storage
 from deepseek_jax.config import require
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.rules import degree, named_sharding
 from deepseek_jax.posttrain.begin import Start, open_start
 from deepseek_jax.posttrain.distill_config import Distill, FromLogits, OnPolicy, Teacher
@@ -32,6 +33,7 @@ from deepseek_jax.posttrain.policy import PolicyState, abstract_policy, init_pol
 from deepseek_jax.posttrain.rewards import OpenModel, open_rewards
 from deepseek_jax.posttrain.session import Line, Position, PostRun, Session
 from deepseek_jax.posttrain.teachers import StoredTeacher, fingerprint
+from deepseek_jax.serialize import check_types
 
 __all__ = ["Distill", "FromLogits", "OnPolicy", "Teacher", "distill"]
 
@@ -72,10 +74,12 @@ def distill(
         Stopped: a signal came; all progress is saved, and the same call goes on.
         NotFinite, SaveFailed: as `train`.
     """
+    check_types(config)
+    mesh = make_mesh(config.mesh)
+    data = config.method.data if isinstance(config.method, FromLogits) else None
+    start = open_start(replace(config, template=config.template or getattr(data, "template", None)), mesh)
+    teachers = [_teacher(config, i, start, mesh) for i in range(len(config.teachers))]
     with Session("distill", config, run_dir, steps=config.steps, free=("steps",), progress=progress) as session:
-        data = config.method.data if isinstance(config.method, FromLogits) else None
-        start = open_start(replace(config, template=config.template or getattr(data, "template", None)), session.mesh)
-        teachers = [_teacher(config, i, start, session) for i in range(len(config.teachers))]
         rows = config.method.rows // config.pieces
         config.check(
             rows % degree("batch") == 0, "method",
@@ -115,10 +119,10 @@ def distill(
             return session.run(state, learner.step, learner.evaluate if source.evaluates else None)
 
 
-def _teacher(config: Distill, i: int, student: Start, session: Session) -> Start:
+def _teacher(config: Distill, i: int, student: Start, mesh: Mesh) -> Start:
     """Opens teacher i, and makes sure that its probabilities are of the student's tokens."""
     given, field = config.teachers[i], f"teachers[{i}].path"
-    teacher = open_start(replace(config, param_dtype=given.param_dtype), session.mesh, field, folder=given.path)
+    teacher = open_start(replace(config, param_dtype=given.param_dtype), mesh, field, folder=given.path)
     what = f"Distill.{field} = {given.path!r}"
     if teacher.tokenizer.sha256 != student.tokenizer.sha256:
         raise ValueError(

@@ -10,7 +10,7 @@ from deepseek_jax.config import require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.posttrain.common import PostConfig
 from deepseek_jax.posttrain.divergence import Divergence
-from deepseek_jax.posttrain.prompts import ProblemFile
+from deepseek_jax.posttrain.prompts import Mix, ProblemFile
 from deepseek_jax.posttrain.rewards import RewardKind
 from deepseek_jax.posttrain.tasks import ChainSum, Countdown, ReasoningGym, RunningSum
 
@@ -40,7 +40,7 @@ class OnPolicy:
     come into other contexts (the score-function part) is left out, as in V4.
     """
 
-    problems: RunningSum | ChainSum | Countdown | ReasoningGym | ProblemFile
+    problems: RunningSum | ChainSum | Countdown | ReasoningGym | ProblemFile | Mix
     prompts: int = 32
     samples: int = 4
     max_prompt_tokens: int = 512
