@@ -262,7 +262,7 @@ def test_grpo_opens_reward_models_by_itself(base, helpful, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="far enough"):
         room.grpo(config, tmp_path, progress=False)
     judge = given["open_model"](str(helpful.run_dir))
-    assert judge.mesh.shape["data"] == judge.rows == jax.device_count() == 8
+    assert judge.mesh.shape["data"] == jax.device_count() and judge.rows >= judge.mesh.size
     items = [item("4711"), item("abba"), item("12")]
     np.testing.assert_allclose(judge(items), open_reward_model(helpful.run_dir)(items), rtol=1e-4, atol=1e-5)
 

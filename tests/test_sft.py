@@ -81,7 +81,8 @@ def test_packed_loss_is_the_sum_of_the_unpacked(tmp_path):
         assert (len(windows) < 5) == packing
         rows = [windows[i] for i in range(len(windows))]
         rows += [{k: np.zeros_like(x) for k, x in rows[0].items()}] * (8 - len(rows))
-        sums[packing] = parts({k: jnp.asarray(np.stack([row[k] for row in rows])) for k in rows[0]})
+        with jax.default_matmul_precision("highest"):  # GPUs multiply float32 in TF32 unless told otherwise
+            sums[packing] = parts({k: jnp.asarray(np.stack([row[k] for row in rows])) for k in rows[0]})
     # Tokens learned: each answer and its end; by the multi-token module too, which sees the token before the answer.
     learned = sum(5 * (i % 3) + 3 + 1 for i in range(7))
     assert sums[True][2].tolist() == sums[False][2].tolist() == [learned, learned]
@@ -141,7 +142,7 @@ def test_fine_tunes_published_weights_and_goes_on_bit_for_bit(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
 
     assert main(["convert", str(whole), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
-    published = dsj.open_model(tmp_path / "hf")
+    published = dsj.open_model(tmp_path / "hf", dtype="float32")
     assert published.template.name == "v3"  # its tokens alone would say R1
     jax.tree.map(np.testing.assert_array_equal, published.variables, loaded.variables)
     assert main(["sft", str(file), "--run-dir", str(broken)]) == 2  # other data: what is held out is not trained on
@@ -237,6 +238,7 @@ def test_adapters_alone_are_trained_and_merge():
     assert moments < 2 * sum(leaf.size for leaf in jax.tree.leaves(state.lora["adapters"])) + 10
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
 def test_adapters_of_experts_lie_on_a_mesh():
     run = run_config(micro("v3"), lora=LoRA(rank=2), mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
     state = abstract_state(run, make_mesh(run.mesh))

@@ -36,6 +36,7 @@ from deepseek_jax.posttrain.rewards import OpenModel, Scores, open_rewards
 from deepseek_jax.posttrain.rollout import pack
 from deepseek_jax.posttrain.sampler import Completion, Sampler
 from deepseek_jax.posttrain.session import Line, PostRun, Session
+from deepseek_jax.posttrain.tasks import Problem
 from deepseek_jax.training.trouble import TrainingFailed
 
 _FREE = ("steps", "max_barren_steps", "slots", "eval_problems", "shown", "reward_workers")
@@ -125,7 +126,7 @@ class _Learner:
         """Rollouts and updates. Nothing is given away before the first update."""
         config, session, number = self.config, self.session, self.session.step
         began = time.perf_counter()
-        completions, scores, line = session.aside(lambda: self._rollouts(state))
+        completions, scores, line = self._rollouts(state)
         rolled = time.perf_counter()
         groups = np.repeat(np.arange(config.prompts), config.samples)
         advantages, alike = group_advantages(
@@ -184,22 +185,18 @@ class _Learner:
         replaced as long as rounds are left, and fill up what is missing then."""
         config, step = self.config, self.session.step
         began = time.perf_counter()
-        self.sampler.load(variables_of(state.params, state.router))
+        self.session.aside(lambda: self.sampler.load(variables_of(state.params, state.router)))
         useful: list[tuple[list[Completion], Scores]] = []
         alike: list[tuple[list[Completion], Scores]] = []
         failures: dict[str, int] = {}
         skipped = sampled = 0
         scoring = 0.0
         for round_ in range(config.refills + 1):
+            # Drawn here, in the main thread: one that is left behind by a signal must not move the position on.
             problems, passed_over = self.sampler.draw(self.train, config.prompts - len(useful))
-            completions = self.sampler.complete(
-                problems, config.samples, f"{config.seed}/{step}/{round_}", temperature=config.temperature,
-                top_p=config.top_p, top_k=config.top_k, beat=self._beat,
-            )  # fmt: skip
+            completions, scores, seconds = self.session.aside(partial(self._scored, problems, f"{step}/{round_}"))
             skipped, sampled = skipped + passed_over, sampled + sum(len(c.generation.tokens) for c in completions)
-            scored = time.perf_counter()
-            scores = self.scorer.score([c.item(i // config.samples) for i, c in enumerate(completions)])
-            scoring += time.perf_counter() - scored
+            scoring += seconds
             for reason, count in scores.failures.items():
                 failures[reason] = failures.get(reason, 0) + count
             for first in range(0, len(completions), config.samples):
@@ -225,6 +222,17 @@ class _Learner:
                 "rollout_tokens_per_second": sampled / max(seconds - scoring, 1e-9),
             },
         )
+
+    def _scored(self, problems: Sequence[Problem], round_: str) -> tuple[list[Completion], Scores, float]:
+        """Completions of problems, their rewards, and the seconds that these took."""
+        config = self.config
+        completions = self.sampler.complete(
+            problems, config.samples, f"{config.seed}/{round_}", temperature=config.temperature, top_p=config.top_p,
+            top_k=config.top_k, beat=self._beat,
+        )  # fmt: skip
+        began = time.perf_counter()
+        scores = self.scorer.score([c.item(i // config.samples) for i, c in enumerate(completions)])
+        return completions, scores, time.perf_counter() - began
 
     def _packed(self, completions: Sequence[Completion], scores: Scores, advantages: np.ndarray) -> Rollouts:
         config, tokenizer = self.config, self.sampler.prompter.tokenizer
