@@ -21,6 +21,12 @@ from deepseek_jax.metrics.history import History, read_history
 from deepseek_jax.metrics.router_charts import router_cards
 
 _CURVES = (  # title, names and labels, x axis
+    ("Reward", (("reward", "mean"), ("reward_std", "deviation within a group")), "step"),
+    ("Length of completions", (("length_mean", "mean"), ("length_ended", "of those that ended")), "step"),
+    ("Shares of completions", (("truncated", "cut off"), ("zero_variance", "prompts without differences")), "step"),
+    ("Entropy of the policy", (("entropy", "nats"),), "step"),
+    ("Divergence from the reference", (("kl", "KL"),), "step"),
+    ("Sampler against trainer", (("sampler_drift_max", "largest difference of log p"),), "step"),
     ("Expert balance loss", (("loss_balance", "balance"),), "step"),
     ("Gradient norm", (("grad_norm", "before clipping"),), "step"),
     ("Learning rate", (("learning_rate", "learning rate"),), "tokens"),
