@@ -155,7 +155,7 @@ def reinforce(setting: Setting, base: Path, run_dir: Path) -> dict[str, Any]:
     """GRPO from the base model; the greedy accuracy and length on the test split before and after, and the curve."""
     reward = ModelReward(path="shuffled", name="accuracy") if setting.shuffled else Accuracy(verifier="plain")
     config = GRPO(
-        init_from=str(base), problems=TASK, rewards=(reward,), loss=setting.loss, advantages="none",
+        init_from=str(base), template="none", problems=TASK, rewards=(reward,), loss=setting.loss, advantages="none",
         steps=setting.grpo_steps, rate=Rate(peak=3e-4), optimizer=AdamW(weight_decay=0.0), prompts=setting.prompts,
         samples=8, max_prompt_tokens=PROMPT, max_new_tokens=ANSWER, slots=SLOTS, eval_problems=setting.eval_problems,
         seed=setting.seed, checkpoint_every=10**6, max_barren_steps=10**6, writers=(f"{__name__}:Told",),
