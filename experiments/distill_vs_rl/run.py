@@ -166,16 +166,18 @@ def run_stages(stages: Any, folder: Path, out: "Results", size: Any, places: Any
     from deepseek_jax.posttrain.reject import Rejection
 
     for number, stage in enumerate(stages, 1):
+        if (out.notes / f"stage.{stage.name}.json").exists():
+            continue
         say(f"stage {stage.name}")
         report = dsj.r1(dsj.R1(stages=stages[:number]), folder, progress=False).reports[stage.name]
-        brief = {k: v for k, v in report.items() if k != "config"} | {"curve": curve(folder / stage.name)}
         say(f"stage {stage.name}: {report['seconds']} s, {report['figures']}")
-        out.stage(stage.name, brief)
         if stage.name == "zero-samples":
             out.note("cold", cold_start(places, size, folder / stage.name))
         elif not isinstance(stage.run, Rejection) and stage.name != "reward-model":
             template = "none" if stage.name in ("r1-zero", "student-rl") else "r1"
             evaluate(stage.name, folder / stage.name, template, size, places, seconds=report["seconds"])
+        brief = {k: v for k, v in report.items() if k != "config"} | {"curve": curve(folder / stage.name)}
+        out.note(f"stage.{stage.name}", brief)
         out.write()
 
 
@@ -217,9 +219,6 @@ class Results:
 
     def note(self, name: str, value: Any) -> None:
         (self.notes / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False))
-
-    def stage(self, name: str, report: dict[str, Any]) -> None:
-        self.note(f"stage.{name}", report)
 
     def write(self) -> None:
         from table import markdown
