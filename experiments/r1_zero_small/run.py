@@ -106,7 +106,8 @@ def skill(completions: Sequence[Completion]) -> dict[str, float]:
 
 
 def pretrain(setting: Setting, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The base model's run folder, and what it came to: whether it is through the gate, its steps, its skill."""
+    """The base model's run folder, and what it came to: whether it is through the gate (None: there is none), its steps and
+    skill."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus.jsonl"
     write_corpus(corpus, setting)
@@ -125,7 +126,7 @@ def pretrain(setting: Setting, folder: Path) -> tuple[Path, dict[str, Any]]:
         max_new_tokens=ANSWER, slots=SLOTS,
     )  # fmt: skip
     problems = Problems(TASK, "train", setting.seed).take(setting.gate_problems)
-    found: dict[str, Any] = {"gated": setting.gate is None}
+    found: dict[str, Any] = {"gated": None if setting.gate is None else False}
 
     def until(state: Any, step: int) -> bool:
         sampler.load(variables_of(state.params, state.router))
@@ -136,7 +137,7 @@ def pretrain(setting: Setting, folder: Path) -> tuple[Path, dict[str, Any]]:
         )
         if setting.gate is not None and found["right_with_steps"] > setting.gate:
             found["gated"] = True
-        return setting.gate is not None and found["gated"]
+        return bool(found["gated"])
 
     run_dir = folder / "base"
     say(f"pre-training, until {setting.gate:.0%} with steps are right" if setting.gate else "pre-training")
@@ -199,7 +200,7 @@ def demonstrate(setting: Setting, folder: Path) -> dict[str, Any]:
     base, found = pretrain(setting, folder)
     trained = time.perf_counter()
     result = {"seed": setting.seed, **found}
-    if found["gated"]:
+    if found["gated"] is not False:
         result |= reinforce(setting, base, folder / "rl")
     ended = time.perf_counter()
     return result | {
@@ -213,7 +214,7 @@ def report(setting: Setting, folder: Path) -> int:
     result = demonstrate(setting, folder)
     result.pop("curve", None)
     say(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}))
-    return 0 if result["gated"] else 1
+    return 1 if result["gated"] is False else 0
 
 
 def main() -> None:

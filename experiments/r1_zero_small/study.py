@@ -38,12 +38,13 @@ def run_study(seeds: Sequence[int], setting: Setting | None = None) -> None:
     kept = [line for line in read() if line["seed"] not in seeds] if RESULTS.exists() else []
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     head = {"device": device, "packages": package_versions()}
+    git = git_revision()  # of what is running, whatever is committed meanwhile
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")  # the seeds run the same ones
         for seed in seeds:
             for line in of_seed(dataclasses.replace(setting or Setting(), seed=seed), Path(folder) / str(seed)):
                 date = datetime.datetime.now(datetime.UTC).date().isoformat()
-                kept.append({**line, "date": date, "git": git_revision()})
+                kept.append({**line, "date": date, "git": git})
                 write(head, kept)
     draw(read())
     print(table(read()))
@@ -94,7 +95,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
-        its = [line for line in lines if line["variant"] == variant and line["gated"]]
+        its = [line for line in lines if line["variant"] == variant and "curve" in line]
         if its:
             cells = [interval([line[name] for line in its], 3 if "greedy" in name else 1) for name in FIGURES]
             rows.append(f"| {variant} | {len(its)} | {' | '.join(cells)} |")
