@@ -91,13 +91,14 @@ def interval(values: Sequence[float], digits: int) -> str:
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row a variant, means over seeds; then the seeds one by one."""
     rows = [
-        "| variant | seeds | greedy accuracy before | after | greedy length before | after |",
-        "|---|---|---|---|---|---|",
+        "| variant | seeds | greedy accuracy before | after | greedy length before | after | samples right, last 5 steps |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
         its = [line for line in lines if line["variant"] == variant and "curve" in line]
         if its:
             cells = [interval([line[name] for line in its], 3 if "greedy" in name else 1) for name in FIGURES]
+            cells.append(interval([float(np.mean(line["curve"]["reward"][-5:])) for line in its], 3))
             rows.append(f"| {variant} | {len(its)} | {' | '.join(cells)} |")
     rows += [
         "",
