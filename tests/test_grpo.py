@@ -36,6 +36,12 @@ def ascii_share(problem, completion):
     return sum(c < "\x80" for c in completion) / max(len(completion), 1), {"characters": len(completion)}
 
 
+def stepwise(problem, completion):
+    """A step a character: 1 for ASCII."""
+    scores = [float(c < "\x80") for c in completion]
+    return sum(scores), {}, [(i + 1, score) for i, score in enumerate(scores)]
+
+
 def nothing(problem, completion):
     return 0.5
 
@@ -95,6 +101,36 @@ def test_rewards_teach(base, tmp_path):
     assert rewards[0] < 0.65 < 0.8 < rewards[-1]
 
 
+def test_rewards_of_steps(base, tmp_path):
+    """A token's advantage is the sum of the normalised rewards of the steps that end at or after it; one that makes no
+    character whole shares what follows."""
+    seen = []
+    inner = room._Learner._packed
+
+    def packed(self, completions, scores, advantages, length):
+        seen.append((completions, scores, advantages))
+        return inner(self, completions, scores, advantages, length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room._Learner, "_packed", packed)
+        config = config_of(base, steps=1, advantages="process", rewards=(Custom(function="test_grpo:stepwise"),))
+        run = grpo(config, tmp_path, progress=False)
+    [(completions, scores, advantages)] = seen
+    for group in range(4):
+        rows = range(4 * group, 4 * group + 4)
+        all_scores = np.array([score for row in rows for _, score in scores.steps[row]])
+        for row in rows:
+            c, tokens = completions[row], completions[row].generation.tokens
+            for j in range(len(tokens)):
+                before = len(byte_tokenizer().decode(tokens[:j], skip_special=True).rstrip("\ufffd"))
+                if not byte_tokenizer().decode(tokens[: j + 1], skip_special=True).isascii():
+                    break  # where a character is not whole, which token ends it is the decoder's to say
+                later = [s for end, s in scores.steps[row] if end > before]
+                expected = sum((s - all_scores.mean()) / (all_scores.std() + 1e-6) for s in later)
+                assert advantages[row, len(c.prompt) - 1 + j] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert run.metrics[1]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("where", ["rollout", "between", "evaluation", "compilation"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, tmp_path, monkeypatch, where):
     """SIGTERM within a rollout, before an update, in an evaluation or a compilation: prompts, samples, updates and lines
@@ -150,17 +186,22 @@ def test_rewards_that_all_fail_end_the_run(base, tmp_path):
         grpo(config_of(base, rewards=(Custom(function="test_grpo:broken"),)), tmp_path, progress=False)
 
 
-def test_a_sampler_with_other_weights_is_refused(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "how, said", [("zeroed", "leaves of the sampler are not the trainer's"), ("none", "has no weights")]
+)
+def test_a_sampler_with_other_weights_is_refused(base, tmp_path, monkeypatch, how, said):
     load = Engine.load
     seen = []
 
-    def stale(self, variables, **options):
+    def wrong(self, variables, **options):
         seen.append(1)
         if len(seen) < 3:
             load(self, variables, **options)
+        elif how == "zeroed":
+            load(self, jax.tree.map(np.zeros_like, variables), **options)
 
-    monkeypatch.setattr(Engine, "load", stale)
-    with pytest.raises(ValueError, match="leaves of the sampler are not the trainer's"):
+    monkeypatch.setattr(Engine, "load", wrong)
+    with pytest.raises(ValueError, match=said):
         grpo(config_of(base), tmp_path, progress=False)
 
 

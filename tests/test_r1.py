@@ -12,6 +12,7 @@ from chat_tokenizer import CHAT_TOKENS, chat_tokenizer
 from helpers import micro, random_variables
 
 import deepseek_jax as dsj
+import deepseek_jax.chat
 from deepseek_jax.chat.data import ChatData, ChatJsonl
 from deepseek_jax.infer.engine import Engine
 from deepseek_jax.posttrain.common import Rate
@@ -20,11 +21,14 @@ from deepseek_jax.posttrain.grpo_config import GRPO
 from deepseek_jax.posttrain.objective import PolicyLoss
 from deepseek_jax.posttrain.prefer import Prefer
 from deepseek_jax.posttrain.preference_data import PairFile
-from deepseek_jax.posttrain.prompts import Mix, Part, Problems
+from deepseek_jax.posttrain.prompts import Mix, Part, Problems, Prompter
 from deepseek_jax.posttrain.r1 import R1, Stage, r1
 from deepseek_jax.posttrain.reject import Rejection, reject
+from deepseek_jax.posttrain.reject import _kept as kept_of
+from deepseek_jax.posttrain.reject import _wrong as wrong
 from deepseek_jax.posttrain.reward_model import RewardModel
-from deepseek_jax.posttrain.rewards import Accuracy, Custom, Item, Language, ModelReward, Only, open_rewards
+from deepseek_jax.posttrain.rewards import Accuracy, Custom, Item, Language, ModelReward, Only, Scores, open_rewards
+from deepseek_jax.posttrain.sampler import Completion
 from deepseek_jax.posttrain.sft import SFT
 from deepseek_jax.posttrain.tasks import ChainSum, Problem, RunningSum
 from deepseek_jax.training import Stopped
@@ -191,7 +195,7 @@ def test_rejection_keeps_the_good_and_goes_on(folders, tmp_path, monkeypatch):
     """A stop between blocks loses nothing: the same file as without it."""
     config = Rejection(
         init_from=folders["base"], template="r1", problems=RunningSum(digits=3), rewards=(ASCII,), count=6, samples=3,
-        at_least=0.3, keep=2, block=2, slots=6, ended=False, **SIZES,
+        at_least=0.3, keep=2, block=2, slots=6, ended=False, exact=False, **SIZES,
     )  # fmt: skip
     whole = reject(config, tmp_path / "whole", progress=False)
     rows = [json.loads(line) for line in whole.samples.read_text().splitlines()]
@@ -206,6 +210,49 @@ def test_rejection_keeps_the_good_and_goes_on(folders, tmp_path, monkeypatch):
         reject(replace(config, keep=1), tmp_path / "cut", progress=False)
     with pytest.raises(ValueError, match="no answer was kept"):
         reject(replace(config, at_least=2.0), tmp_path / "none", progress=False)
+
+
+@pytest.mark.parametrize(
+    "template, text, kept",
+    [
+        ("llm", " 2", True), ("llm", "2", False), ("r1", "a\n</think>\n\n2", True), ("r1", "a</think>2", False),
+        ("r1", "</think>2", False), ("v3", "2", True), ("r1-zero", " <think> a </think> <answer> 2 </answer>", True),
+        ("r1-zero", " so 2", True), ("r1-zero", "<think>a</think><answer>2</answer>", False),
+    ],
+)  # fmt: skip
+def test_what_the_template_would_write_otherwise_is_left_out(template, text, kept):
+    """What is kept is trained as the model wrote it: prompt, every character, and the end."""
+    tokenizer = chat_tokenizer()
+    prompter = Prompter.of(tokenizer, dsj.chat.get_template(template))
+    tokens = [*tokenizer.encode(text, special=True), tokenizer.eos_id]
+    problem = Problem(prompt="1+1", answer="2")
+    generation = dsj.Generation(tokens=tokens, finish_reason="stop")
+    completion = Completion(problem, prompter.ids(problem.prompt), generation, prompter.text(tokens))
+    config = Rejection(init_from="x", problems=RunningSum(), rewards=(ASCII,), count=1, samples=1, at_least=0.0)
+    scores = Scores(total=np.ones(1), parts={}, failed=np.zeros(1, bool), failures={}, steps=[()])
+    rows, left_out = kept_of(config, prompter, [completion], scores)
+    assert len(rows) == kept and left_out.get("written otherwise by the template", 0) == (not kept)
+
+
+def test_filters_look_at_thoughts_alone(folders):
+    tokenizer = chat_tokenizer()
+    config = Rejection(
+        init_from="x", problems=RunningSum(), rewards=(ASCII,), count=1, language="en", code=False, longest_paragraph=9
+    )
+
+    def reason(text):
+        generation = dsj.Generation(tokens=[5], finish_reason="stop")
+        return wrong(config, Completion(Problem(prompt="", answer=""), [1], generation, text), 1.0, False)
+
+    assert tokenizer and reason("<think>\n1+1=2\n</think>\n\n```python\nprint(2 + 2 + 2)\n```") is None
+    assert reason("<think>\nwir\n\n\u6211\n</think>2") == "mixed languages"
+    assert reason("<think>```x```</think>2") == "code" and reason("<think>aaaaaaaaaaaaaaa</think>2") == "long paragraph"
+
+
+def test_rewards_for_parts_that_are_not_there_are_refused(folders):
+    only = (Only(reward=Accuracy(), parts=("maths",)),)
+    with pytest.raises(ValueError, match=r"Only.parts = \['maths'\]: must be names of parts of the problems: \[\]"):
+        Rejection(init_from="x", problems=RunningSum(), rewards=only, count=1)
 
 
 def test_mixtures_and_rewards_for_their_parts(folders):

@@ -124,7 +124,13 @@ def test_answers_that_are_words():
 def test_plain_accuracy():
     digit, number = Problem(prompt="", answer="7"), Problem(prompt="", answer="42")
     assert [rewards.plain_accuracy(digit, text) for text in ("1237", "7", "", "73", " 7\n")] == [1, 1, 0, 0, 1]
-    assert [rewards.plain_accuracy(number, text) for text in ("= 42", "42", "142", "", "42.")] == [1, 1, 0, 0, 0]
+    texts = ("= 42", "42", "142", "", "42.", "-42", "so 3.42")
+    assert [rewards.plain_accuracy(number, text) for text in texts] == [1, 1, 0, 0, 0, 0, 0]
+    assert rewards.plain_accuracy(digit, "=-7") == 0 and rewards.plain_accuracy(Problem(prompt="", answer=""), "x") == 0
+
+
+def test_a_pair_is_no_number():
+    assert rewards.equal_answers("1,234", "1234") and not rewards.equal_answers("3,4", "34")
 
 
 @pytest.mark.parametrize(

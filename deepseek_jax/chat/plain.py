@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from deepseek_jax.chat.template import BOS, END, Parsed, Piece, Request, Template, answer, special
@@ -80,12 +81,22 @@ def _r1_zero(request: Request) -> Iterator[Piece]:
 
 
 def _split_r1_zero(text: str, thinking: bool) -> Parsed:
-    reasoning, _, content = text.partition("</think>")
-    content = content.strip().removeprefix("<answer>").removesuffix("</answer>")
-    return Parsed(reasoning.strip().removeprefix("<think>").strip(), content.strip())
+    """Thoughts and answer where both are in their tags, as the prompt asks; else the text as it is."""
+    match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
+    if match is None:
+        return Parsed(None, text.removeprefix(" "))
+    reasoning, content = (part.strip() for part in match.groups())
+    return Parsed(reasoning, content)
 
 
-LLM = Template("llm", _words, system=False)
-V2 = Template("v2", _words)
-CODER = Template("coder", _coder, stop=(EOT_TOKEN, EOS_TOKEN))
+def _split_words(text: str, thinking: bool) -> Parsed:
+    """Without the space that the model's first token carries, which the template writes itself."""
+    return Parsed(None, text.removeprefix(" "))
+
+
+LLM = Template("llm", _words, system=False, split=_split_words)
+V2 = Template("v2", _words, split=_split_words)
+CODER = Template(
+    "coder", _coder, stop=(EOT_TOKEN, EOS_TOKEN), split=lambda text, thinking: Parsed(None, text.removesuffix("\n"))
+)
 R1_ZERO = Template("r1-zero", _r1_zero, system=False, thinks="always", split=_split_r1_zero)

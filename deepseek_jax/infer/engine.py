@@ -110,6 +110,12 @@ class Engine:
         self.weights = None  # gone before the new ones come
         self.weights = unstack(self.model, variables, few_rows=self._few_rows, consume=consume)
 
+    def unload(self) -> None:
+        """Lets go of weights and caches until `load`; no request may wait or run."""
+        if self.busy:
+            raise ValueError("requests wait or run: let them end, or cancel them")
+        self.weights = self._state = None
+
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""

@@ -15,7 +15,8 @@ Scale = Literal["group", "batch", "none"]
 whole batch, or nothing (V3.2, Dr. GRPO)."""
 
 _LEAST = 1e-6
-"""Added to a standard deviation, and what counts as none: equal rewards differ by rounding once they are weighted sums."""
+"""Added to a standard deviation, and of the rewards' size what counts as none: equal rewards differ by rounding once they are
+weighted sums."""
 
 
 def group_advantages(
@@ -43,7 +44,7 @@ def group_advantages(
 
     centred = (reward_B - mean(reward_B)) * weight_B
     deviation = jnp.sqrt(mean(jnp.square(centred)))
-    alike = deviation < _LEAST
+    alike = deviation < _LEAST * jnp.maximum(1, jnp.sqrt(mean(jnp.square(reward_B))))
     if scale == "group":
         centred = centred / (deviation + _LEAST)
     elif scale == "batch":
@@ -53,24 +54,29 @@ def group_advantages(
     return jax.lax.stop_gradient(jnp.where(alike, 0, centred)), alike
 
 
-def process_advantages(reward_BT: Array, ends_BT: Array, group_B: Array, groups: int) -> Array:
-    """Advantages of rewards given to steps of a completion (DeepSeekMath, section 4.1.3): [B, T].
+def process_advantages(score_S: Array, row_S: Array, place_S: Array, group_B: Array, groups: int, length: int) -> Array:
+    """Advantages of rewards given to steps of completions (DeepSeekMath, section 4.1.3): [B, T].
 
     Rewards are normalised over all steps of all completions of a prompt; a token's advantage is the sum of those of the
     steps that end at or after it.
 
     Args:
-        reward_BT: float: the reward of the step that ends at a token; anything elsewhere.
-        ends_BT: bool: tokens at which a step ends.
+        score_S: float: the reward of each step.
+        row_S: int32: its completion.
+        place_S: int32 in [0, T): the token that it ends with.
         group_B: int32 in [0, groups): the prompt of each completion.
         groups: number of prompts.
+        length: T.
     """
+    group_S = group_B[row_S]
 
-    def total(x_BT: Array) -> Array:
-        return jax.ops.segment_sum(jnp.where(ends_BT, x_BT, 0).sum(axis=1), group_B, groups)
+    def mean(x_S: Array) -> Array:
+        counts = jax.ops.segment_sum(jnp.ones_like(x_S), group_S, groups)
+        return (jax.ops.segment_sum(x_S, group_S, groups) / jnp.maximum(counts, 1))[group_S]
 
-    counts = jnp.maximum(total(jnp.ones_like(reward_BT)), 1)
-    centred = reward_BT - (total(reward_BT) / counts)[group_B][:, None]
-    deviation = jnp.sqrt(total(jnp.square(centred)) / counts)[group_B][:, None]
-    normalised = jnp.where(ends_BT & (deviation >= _LEAST), centred / (deviation + _LEAST), 0)
-    return jax.lax.stop_gradient(jnp.flip(jnp.cumsum(jnp.flip(normalised, axis=1), axis=1), axis=1))
+    centred = score_S - mean(score_S)
+    deviation = jnp.sqrt(mean(jnp.square(centred)))
+    varied = deviation >= _LEAST * jnp.maximum(1, jnp.sqrt(mean(jnp.square(score_S))))
+    normalised = jnp.where(varied, centred / (deviation + _LEAST), 0)
+    out_BT = jnp.zeros((len(group_B), length), score_S.dtype).at[row_S, place_S].add(normalised)
+    return jax.lax.stop_gradient(jnp.flip(jnp.cumsum(jnp.flip(out_BT, axis=1), axis=1), axis=1))

@@ -51,9 +51,9 @@ def open_start(
 
     Raises: ValueError for a folder that is neither kind, lacks its tokenizer, or whose model is smaller than it.
     """
-    folder = getattr(config, field) if folder is None else folder
-    source = storage.path(folder)
-    what = f"{type(config).__name__}.{field} = {folder!r}"
+    named: str = getattr(config, field) if folder is None else folder
+    source = storage.path(named)
+    what = f"{type(config).__name__}.{field} = {named!r}"
     if (source / "manifest.json").exists():
         values = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["config"]["model"]
         found = from_dict(ModelConfig, values)

@@ -30,6 +30,7 @@ from deepseek_jax.posttrain.distill_rollouts import Rollouts
 from deepseek_jax.posttrain.distill_step import Batch, make_distill_update, make_measure
 from deepseek_jax.posttrain.distill_windows import Windows, load_windows
 from deepseek_jax.posttrain.policy import PolicyState, abstract_policy, init_policy, variables_of
+from deepseek_jax.posttrain.reward_model import open_reward_model
 from deepseek_jax.posttrain.rewards import OpenModel, open_rewards
 from deepseek_jax.posttrain.session import Line, Position, PostRun, Session
 from deepseek_jax.posttrain.teachers import StoredTeacher, fingerprint
@@ -90,7 +91,7 @@ def distill(
                 method = config.method
                 rewards = nullcontext() if not method.rewards else open_rewards(
                     method.rewards, allow_unsafe_code=method.allow_unsafe_code, workers=method.reward_workers,
-                    open_model=open_model,
+                    open_model=open_model or partial(open_reward_model, mesh=mesh),
                 )  # fmt: skip
                 source: Source = Rollouts(method, config.seed, rows, session, start, stack.enter_context(rewards))
             else:

@@ -17,7 +17,7 @@ import numpy as np
 
 from deepseek_jax import storage
 from deepseek_jax.parallel.rules import degree, named_sharding
-from deepseek_jax.posttrain.advantage import group_advantages
+from deepseek_jax.posttrain.advantage import group_advantages, process_advantages
 from deepseek_jax.posttrain.begin import open_start
 from deepseek_jax.posttrain.grpo_config import GRPO
 from deepseek_jax.posttrain.grpo_log import joined, of_lengths, of_rewards, rows_of, show
@@ -30,13 +30,15 @@ from deepseek_jax.posttrain.policy import (
     make_update,
     variables_of,
 )
+from deepseek_jax.posttrain.process import flat_steps
 from deepseek_jax.posttrain.prompts import Problems, Prompter
 from deepseek_jax.posttrain.reward_model import open_reward_model
-from deepseek_jax.posttrain.rewards import OpenModel, Scores, open_rewards
+from deepseek_jax.posttrain.rewards import OpenModel, RewardsFailed, Scores, open_rewards
 from deepseek_jax.posttrain.rollout import pack
 from deepseek_jax.posttrain.sampler import Completion, Sampler
 from deepseek_jax.posttrain.session import Line, PostRun, Session
 from deepseek_jax.posttrain.tasks import Problem
+from deepseek_jax.training.interrupt import Stopped
 from deepseek_jax.training.trouble import TrainingFailed
 
 _FREE = ("steps", "max_barren_steps", "slots", "eval_problems", "shown", "reward_workers")
@@ -88,6 +90,7 @@ def grpo(
         with open_rewards(
             config.rewards, allow_unsafe_code=config.allow_unsafe_code, workers=config.reward_workers,
             open_model=open_model or partial(open_reward_model, mesh=session.mesh),
+            beat=lambda: session.watchdog.beat("working out rewards"),
         ) as scorer:  # fmt: skip
             learner = _Learner(config, session, start.model, prompter, train, test, scorer)
             kl = config.loss.kl > 0
@@ -98,7 +101,8 @@ def grpo(
                 init = jax.jit(partial(init_policy, config.optimizer, reference=kl), out_shardings=shardings)
                 return init(start.load())
 
-            state = session.begin(model, start.tokenizer, start.template, shapes, make, train)
+            facts = {"problems": train.fingerprint}
+            state = session.begin(model, start.tokenizer, start.template, shapes, make, train, facts)
             return session.run(state, learner.step, learner.evaluate)
 
 
@@ -127,24 +131,22 @@ class _Learner:
         config, session, number = self.config, self.session, self.session.step
         began = time.perf_counter()
         completions, scores, line = self._rollouts(state)
+        self.sampler.release()
         rolled = time.perf_counter()
-        groups = np.repeat(np.arange(config.prompts), config.samples)
-        advantages, alike = group_advantages(
-            jnp.asarray(scores.total, jnp.float32), jnp.asarray(groups), config.prompts, config.advantages,
-            jnp.asarray(~scores.failed),
-        )  # fmt: skip
-        advantages, alike = np.asarray(advantages), np.asarray(alike)
+        length = self._length(completions)
+        advantages, alike = self._advantages(completions, scores, length)
         self._count_barren(bool(alike.all()))
         line |= of_rewards(scores, alike, config.samples) | of_lengths(completions)
         if config.shown and jax.process_index() == 0:
             show(session.run_dir, number + 1, config.shown, completions, scores, advantages)
-        rollouts = self._packed(completions, scores, advantages)
+        rollouts = self._packed(completions, scores, advantages, length)
         rate = jnp.float32(config.rate.at(number, config.steps))
         parts = self._parts(state, rollouts, number)
         update = session.compiled(self.update, state, parts[0], rate)
         session.stopping()
         metrics = []
         for part in parts:
+            session.watchdog.beat(f"updates of step {number + 1}")
             state, figures = update(state, part, rate)
             metrics.append(figures)
         metrics = jax.device_get(metrics)
@@ -194,7 +196,13 @@ class _Learner:
         for round_ in range(config.refills + 1):
             # Drawn here, in the main thread: one that is left behind by a signal must not move the position on.
             problems, passed_over = self.sampler.draw(self.train, config.prompts - len(useful))
-            completions, scores, seconds = self.session.aside(partial(self._scored, problems, f"{step}/{round_}"))
+            try:
+                completions, scores, seconds = self.session.aside(partial(self._scored, problems, f"{step}/{round_}"))
+            except RewardsFailed as error:
+                if not useful and not alike:
+                    raise
+                failures[f"round {round_ + 1}: {error}"] = 1  # what the rounds before gave is enough for the step
+                break
             skipped, sampled = skipped + passed_over, sampled + sum(len(c.generation.tokens) for c in completions)
             scoring += seconds
             for reason, count in scores.failures.items():
@@ -203,6 +211,8 @@ class _Learner:
                 rows = slice(first, first + config.samples)
                 its = rows_of(scores, rows)
                 known = its.total[~its.failed]
+                if config.advantages == "process":
+                    known = np.array([score for steps in its.steps for _, score in steps])
                 varied = known.size > 1 and float(np.std(known)) >= 1e-6
                 (useful if varied else alike).append((completions[rows], its))
             if len(useful) == config.prompts:
@@ -234,13 +244,32 @@ class _Learner:
         scores = self.scorer.score([c.item(i // config.samples) for i, c in enumerate(completions)])
         return completions, scores, time.perf_counter() - began
 
-    def _packed(self, completions: Sequence[Completion], scores: Scores, advantages: np.ndarray) -> Rollouts:
-        config, tokenizer = self.config, self.sampler.prompter.tokenizer
+    def _advantages(
+        self, completions: Sequence[Completion], scores: Scores, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Float [B], or [B, T] from rewards of steps; bool [B]: rows of groups that teach nothing."""
+        config = self.config
+        groups = jnp.repeat(jnp.arange(config.prompts), config.samples)
+        if config.advantages != "process":
+            totals, known = jnp.asarray(scores.total, jnp.float32), jnp.asarray(~scores.failed)
+            return jax.device_get(group_advantages(totals, groups, config.prompts, config.advantages, known))
+        steps = [() if failed else its for its, failed in zip(scores.steps, scores.failed, strict=True)]
+        score, row, place = map(jnp.asarray, flat_steps(self.sampler, completions, steps))
+        advantages = np.asarray(process_advantages(score, row, place, groups, config.prompts, length))
+        varied = (advantages != 0).any(axis=1).reshape(config.prompts, -1).any(axis=1)
+        return advantages, np.repeat(~varied, config.samples)
+
+    def _length(self, completions: Sequence[Completion]) -> int:
+        """Places of a row: few different ones, so that few programs are compiled."""
         needed = max(len(c.prompt) + len(c.generation.tokens) for c in completions) - 1
-        longest = config.max_prompt_tokens + config.max_new_tokens - 1
-        # Few lengths, so that few programs are compiled.
+        longest = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
         quarter = -(-longest // 4) if longest > 64 else longest
-        length = min(-(-needed // quarter) * quarter, longest)
+        return min(-(-needed // quarter) * quarter, longest)
+
+    def _packed(
+        self, completions: Sequence[Completion], scores: Scores, advantages: np.ndarray, length: int
+    ) -> Rollouts:
+        config, tokenizer = self.config, self.sampler.prompter.tokenizer
         rollouts = pack(
             [c.prompt for c in completions], [c.generation for c in completions], advantages, length,
             pad_id=tokenizer.pad_id,
@@ -272,6 +301,8 @@ class _Learner:
 
     def _beat(self) -> None:
         self.session.watchdog.beat(f"rollouts of step {self.session.step + 1}")
+        if self.session.interrupt.requested and jax.process_count() == 1:  # this thread has been left behind
+            raise Stopped(f"{self.session.interrupt.requested} came")
 
     def _count_barren(self, barren: bool) -> None:
         self.barren = self.barren + 1 if barren else 0

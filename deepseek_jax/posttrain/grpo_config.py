@@ -9,7 +9,7 @@ from deepseek_jax.posttrain.advantage import Scale
 from deepseek_jax.posttrain.common import PostConfig
 from deepseek_jax.posttrain.objective import PolicyLoss
 from deepseek_jax.posttrain.prompts import Mix, ProblemFile
-from deepseek_jax.posttrain.rewards import RewardKind
+from deepseek_jax.posttrain.rewards import RewardKind, check_parts
 from deepseek_jax.posttrain.tasks import ChainSum, Countdown, ReasoningGym, RunningSum
 
 
@@ -25,7 +25,8 @@ class GRPO(PostConfig):
     rewards: tuple[RewardKind, ...]
     steps: int
     loss: PolicyLoss = field(default_factory=PolicyLoss)
-    advantages: Scale = "group"
+    advantages: Scale | Literal["process"] = "group"
+    """What rewards are divided by; "process": from rewards of steps, which `rewards.Custom` gives (DeepSeekMath, 4.1.3)."""
     prompts: int = 32
     samples: int = 16
     max_prompt_tokens: int = 512
@@ -72,6 +73,7 @@ class GRPO(PostConfig):
             self.samples >= 2, "samples", "must be at least 2: a completion is judged against others of its prompt"
         )
         self.check(len(self.rewards) > 0, "rewards", "give at least one")
+        check_parts(self.rewards, self.problems)
         self.check(self.temperature > 0, "temperature", "must be greater than 0: greedy completions are all alike")
         self.check(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         for name in ("refills", "shown", "top_k"):
@@ -84,6 +86,11 @@ class GRPO(PostConfig):
             self.completions % (self.updates * self.pieces) == 0, "updates",
             f"times pieces = {self.pieces} must divide prompts · samples = {self.completions}",
         )  # fmt: skip
+        self.check(
+            self.advantages != "process" or self.loss.ratio == "token",
+            "advantages",
+            "'process' needs loss.ratio = 'token'",
+        )
         self.check(
             self.keep_sampling_mask or (self.top_p == 1 and self.top_k == 0), "keep_sampling_mask",
             "must be True with top_p or top_k: the policy would be trained on a distribution that nobody sampled from",

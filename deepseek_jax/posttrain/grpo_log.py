@@ -22,7 +22,7 @@ def show(
         c = completions[i]
         parts = ", ".join(f"{name} {values[i]:.4g}" for name, values in scores.parts.items())
         blocks.append(
-            f"=== step {number}, completion {i}: reward {scores.total[i]:.4g} ({parts}), advantage {advantages[i]:.4g}, "
+            f"=== step {number}, completion {i}: reward {scores.total[i]:.4g} ({parts}), advantage {np.mean(advantages[i]):.4g}, "
             f"{len(c.generation.tokens)} tokens, {'cut off' if c.truncated else 'ended'}, reference answer "
             f"{c.problem.answer!r}\n--- prompt\n{c.problem.prompt}\n--- completion\n{c.text}\n"
         )
@@ -61,7 +61,9 @@ def of_lengths(completions: Sequence[Completion]) -> Line:
 def rows_of(scores: Scores, rows: slice) -> Scores:
     """The scores of some completions."""
     parts = {name: values[rows] for name, values in scores.parts.items()}
-    return Scores(total=scores.total[rows], parts=parts, failed=scores.failed[rows], failures={})
+    return Scores(
+        total=scores.total[rows], parts=parts, failed=scores.failed[rows], failures={}, steps=scores.steps[rows]
+    )
 
 
 def joined(scores: Sequence[Scores]) -> Scores:
@@ -74,4 +76,5 @@ def joined(scores: Sequence[Scores]) -> Scores:
         },
         failed=np.concatenate([one.failed for one in scores]),
         failures={},
+        steps=[steps for one in scores for steps in one.steps],
     )

@@ -202,7 +202,8 @@ def make_update(
                 return total, (value, metrics, logp, entropy)
 
             grads, (value, metrics, logp, entropy) = jax.grad(objective, has_aux=True)(state.params)
-            drift = jnp.where(part.mask, jnp.abs(logp - part.sampler_logprobs), 0)
+            before = logp if part.old_logprobs is None else part.old_logprobs  # what is learned meanwhile is no drift
+            drift = jnp.where(part.mask, jnp.abs(before - part.sampler_logprobs), 0)
             share = part.mask.sum() / count  # of the tokens, for means over tokens
             rows = part.mask.any(axis=1).sum() / completions
             of_rows = rows if loss.ratio == "sequence" else share

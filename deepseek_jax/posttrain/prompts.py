@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.chat.template import Template
 from deepseek_jax.config import require
 from deepseek_jax.data.pipeline import Mixture
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -105,6 +108,12 @@ class Problems:
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._file))
         return self._file[order[place]]
 
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of the problems of files; what a task draws follows from its configuration."""
+        parts = [part.fingerprint for part in self._parts.sources] if self._parts is not None else [repr(self._file)]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
     def take(self, count: int) -> list[Problem]:
         """The next problems."""
         self._next += count
@@ -140,6 +149,11 @@ class Prompter:
         """Raises: ValueError where the tokenizer lacks a token that the template needs."""
         if template is None:
             return cls(tokenizer, None, (tokenizer.eos_id,), "")
+        if not isinstance(template, Template):
+            raise ValueError(
+                f"the template of the folder is a text of its own ({template.name}): name one of ours in `template`, so that "
+                f"it is known where answers begin and end"
+            )
         thinking = template.thinks != "never"
         question: Any = [{"role": "user", "content": "?"}]
         template.encode(tokenizer, question, thinking=thinking)  # now, rather than at the first problem

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_jax import storage
+from deepseek_jax.chat.rows import Conversation, LeftOut, encode_conversation
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
 from deepseek_jax.posttrain.begin import open_start
 from deepseek_jax.posttrain.common import From
 from deepseek_jax.posttrain.prompts import Mix, ProblemFile, Problems, Prompter
 from deepseek_jax.posttrain.reward_model import open_reward_model
-from deepseek_jax.posttrain.rewards import RewardKind, Scores, language_share, open_rewards
+from deepseek_jax.posttrain.rewards import THINK, RewardKind, Scores, check_parts, language_share, open_rewards
 from deepseek_jax.posttrain.sampler import Completion, Sampler
 from deepseek_jax.posttrain.tasks import ChainSum, Countdown, ReasoningGym, RunningSum
 from deepseek_jax.serialize import check_types, to_dict
@@ -47,11 +48,13 @@ class Rejection(From):
     temperature: float = 0.6
     top_p: float = 0.95
     language: str | None = None
-    """"en" or "zh": thoughts with words of others are left out."""
+    """"en" or "zh": answers whose thoughts have words of others are left out."""
     longest_paragraph: int | None = None
-    """Characters of a paragraph; answers with a longer one are left out."""
+    """Characters of a paragraph of thoughts; answers with a longer one are left out."""
     code: bool = True
-    """Whether answers may hold blocks of code."""
+    """Whether thoughts may hold blocks of code."""
+    exact: bool = True
+    """Leave out what the template, given thoughts and answer apart, would write otherwise than the model did."""
     ended: bool = True
     """Whether answers that were cut off at `max_new_tokens` are left out."""
     slots: int = 64
@@ -65,6 +68,7 @@ class Rejection(From):
         for name in ("count", "samples", "keep", "max_prompt_tokens", "max_new_tokens", "slots", "block"):
             self.check(getattr(self, name) > 0, name, "must be greater than 0")
         self.check(self.language in (None, "en", "zh"), "language", "must be 'en' or 'zh', or None")
+        check_parts(self.rewards, self.problems)
         self.check(self.temperature > 0 or self.samples == 1, "samples", "must be 1 at temperature 0: all are alike")
 
 
@@ -158,6 +162,7 @@ def _whole(config: Rejection, folder: Any, parts: Sequence[Any]) -> Rejected:
     left_out: Counter[str] = Counter()
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
+    answers: Counter[str] = Counter()  # of each question: a file that ends begins anew
     too_long, seconds = 0, 0.0
     for part in parts:
         facts = json.loads(part.read_text(encoding="utf-8"))
@@ -165,9 +170,14 @@ def _whole(config: Rejection, folder: Any, parts: Sequence[Any]) -> Rejected:
         too_long, seconds = too_long + facts["too_long"], seconds + facts["seconds"]
         for row in facts["rows"]:
             key = json.dumps(row["messages"], ensure_ascii=False)
-            left_out["duplicate"] += key in seen
-            if key not in seen:
+            question = row["messages"][0]["content"]
+            if key in seen:
+                left_out["duplicate"] += 1
+            elif answers[question] == config.keep:
+                left_out["more than are kept"] += 1
+            else:
                 rows.append(row)
+                answers[question] += 1
             seen.add(key)
     report = {
         "problems": config.count, "answers": config.count * config.samples, "kept": len(rows),
@@ -197,27 +207,50 @@ def _kept(
                 good.append((len(completions[i].generation.tokens), i))
             else:
                 left_out[reason] += 1
-        good.sort()
-        left_out["more than are kept"] += max(len(good) - config.keep, 0)
-        rows += [_row(prompter, completions[i], float(scores.total[i])) for _, i in good[: config.keep]]
+        new: dict[str, dict[str, Any]] = {}  # by what they say, the shortest first
+        for _, i in sorted(good):
+            row = _row(prompter, completions[i], float(scores.total[i]))
+            if config.exact and not _as_written(prompter, completions[i], row):
+                left_out["written otherwise by the template"] += 1
+            elif json.dumps(row["messages"]) in new:
+                left_out["duplicate"] += 1
+            else:
+                new[json.dumps(row["messages"])] = row
+        left_out["more than are kept"] += max(len(new) - config.keep, 0)
+        rows += list(new.values())[: config.keep]
     return rows, dict(left_out)
+
+
+def _as_written(prompter: Prompter, completion: Completion, row: dict[str, Any]) -> bool:
+    """Whether fine-tuning on the row reads the prompt and the very text of its completion, special tokens included."""
+    if prompter.template is None:
+        return True
+    tokenizer, before = prompter.tokenizer, len(completion.prompt)
+    conversation = Conversation([dict(message) for message in row["messages"]], None)
+    try:
+        ids = encode_conversation(conversation, prompter.template, tokenizer).ids
+        said = tokenizer.decode(completion.generation.tokens)
+    except (LeftOut, ValueError):  # ids that the tokenizer does not have, among others
+        return False
+    return ids[:before] == completion.prompt and tokenizer.decode(ids[before:]).startswith(said)
 
 
 def _wrong(config: Rejection, completion: Completion, score: float, failed: bool) -> str | None:
     """Why an answer is left out, or None."""
-    text = completion.text
+    thoughts = completion.text.split(THINK[1])[0].lstrip().removeprefix(THINK[0])
     if failed:
         return "reward failed"
     if config.ended and completion.truncated:
         return "cut off"
-    if score < config.at_least:
+    if score < config.at_least - 1e-9:  # a sum of weights
         return "reward too low"
-    if not config.code and "```" in text:
+    if not config.code and "```" in thoughts:
         return "code"
-    if config.longest_paragraph is not None and max(map(len, text.split("\n\n"))) > config.longest_paragraph:
+    if config.longest_paragraph is not None and max(map(len, thoughts.split("\n\n"))) > config.longest_paragraph:
         return "long paragraph"
     # Thoughts without a word, such as sums alone, mix no languages.
-    if config.language is not None and any(c.isalpha() for c in text) and language_share(text, config.language) < 1:
+    words = any(c.isalpha() for c in thoughts)
+    if config.language is not None and words and language_share(thoughts, config.language) < 1:
         return "mixed languages"
     return None
 

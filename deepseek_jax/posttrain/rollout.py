@@ -25,7 +25,7 @@ def pack(
     Args:
         prompts: token ids of each completion's prompt.
         generations: the completions, ended.
-        advantages: float [B].
+        advantages: float [B], or [B, T].
         length: T: places of a row; prompt and completion have at most one more token.
         pad_id: what padding is; it may be the end token, since the mask does not look at ids.
 
@@ -52,7 +52,7 @@ def pack(
     return Rollouts(
         tokens=jnp.asarray(tokens),
         mask=jnp.asarray(mask),
-        advantages=jnp.asarray(np.asarray(advantages, np.float32)[:, None]),
+        advantages=jnp.asarray(np.asarray(advantages, np.float32).reshape(B, -1)),
         sampler_logprobs=jnp.asarray(sampler),
         # Place i of both is of the pass over token i: its experts, and the set that token i + 1 came from.
         experts=_records("experts", [g.experts for g in generations], [0] * B, length, -1),

@@ -78,8 +78,13 @@ class Sampler:
         Raises: ValueError naming leaves that differ.
         """
         self.engine.load(variables)
-        assert self.engine.weights is not None
+        if self.engine.weights is None:
+            raise ValueError("the sampler has no weights: give it the trainer's before it generates")
         require_same(self.model, variables, self.engine.weights)
+
+    def release(self) -> None:
+        """Frees weights and caches, whose memory the update can have; `load` brings them back."""
+        self.engine.unload()
 
     def draw(self, problems: Problems, count: int) -> tuple[list[Problem], int]:
         """The next problems whose prompts are not longer than `max_prompt_tokens`, and how many were passed over.

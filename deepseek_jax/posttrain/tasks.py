@@ -166,7 +166,7 @@ def read_problems(path: storage.AnyPath, *, prompt: str = "prompt", answer: str 
     Raises: ValueError for a line that is no object or lacks a field, with its number.
     """
     found = []
-    for number, line in enumerate(storage.path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(storage.path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -13,6 +13,7 @@ from deepseek_jax.posttrain.rewards.kinds import (
     Only,
     Overlong,
     RewardKind,
+    check_parts,
 )
 from deepseek_jax.posttrain.rewards.rules import (
     ANSWER,
@@ -31,7 +32,7 @@ from deepseek_jax.posttrain.rewards.scorer import OpenModel, RewardsFailed, Scor
 
 __all__ = [
     "ANSWER", "THINK", "Accuracy", "Code", "Custom", "Format", "Item", "Judge", "Language", "Length", "ModelReward", "Only",
-    "OpenModel", "Outcome", "Overlong", "RewardKind", "RewardsFailed", "Scorer", "Scores", "accuracy", "checked",
+    "OpenModel", "Outcome", "Overlong", "RewardKind", "RewardsFailed", "Scorer", "Scores", "accuracy", "check_parts", "checked",
     "countdown", "equal_answers", "final_answer", "has_format", "language_share", "open_rewards", "overlong_penalty",
     "plain_accuracy",
 ]  # fmt: skip

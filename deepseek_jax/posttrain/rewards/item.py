@@ -33,6 +33,8 @@ class Outcome:
     """Why the score could not be worked out, of the technical kind; empty where it could. A wrong answer is no reason."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """What the score is made of, for the log."""
+    steps: tuple[tuple[int, float], ...] = ()
+    """Scores of the completion's steps, each with how many characters of the text it ends (`GRPO.advantages = "process"`)."""
 
 
 class Reward(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -192,7 +193,8 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class Custom:
-    """A function of your own: (problem, completion's text) → score, or (score, {part: number}).
+    """A function of your own: (problem, completion's text) → score, or (score, {part: number}), or (score, {part: number},
+    steps), steps being (characters of the text up to the step's end, its score), … for process rewards.
 
     It runs in the trainer's process, without a time limit.
     """
@@ -254,3 +256,14 @@ def name_of(kind: RewardKind) -> str:
     """What the reward is called in metrics."""
     kind = kind.reward if isinstance(kind, Only) else kind
     return kind.name or {"ModelReward": "model"}.get(type(kind).__name__, type(kind).__name__.lower())
+
+
+def check_parts(rewards: Sequence[RewardKind], problems: Any) -> None:
+    """Refuses rewards for parts that the problems (a `prompts.Mix`, or of one kind) do not have.
+
+    Raises: ValueError naming the part.
+    """
+    known = [part.name for part in getattr(problems, "parts", ())]
+    for kind in rewards:
+        unknown = [name for name in getattr(kind, "parts", ()) if name not in known]
+        require(not unknown, "Only", "parts", unknown, f"must be names of parts of the problems: {known}")

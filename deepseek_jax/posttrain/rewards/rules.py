@@ -19,6 +19,7 @@ from deepseek_jax.posttrain.tasks import Problem
 THINK = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")
 _LONGEST = 10_000  # characters of an answer that are looked at
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d{1,30})?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{1,30})?|\.\d{1,30})(/\d{1,30})?", re.ASCII)
 
 
@@ -77,7 +78,9 @@ def equal_answers(found: str, reference: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    text = text.strip().strip("$").replace(",", "").replace("−", "-").strip()
+    text = text.strip().strip("$").replace("−", "-").strip()
+    if _THOUSANDS.fullmatch(text):  # "3,4" is a pair
+        text = text.replace(",", "")
     if not _NUMBER.fullmatch(text):  # ASCII digits alone: int() would read ٤٢ too
         return None
     value, _, divisor = text.partition("/")
@@ -91,11 +94,14 @@ def accuracy(problem: Problem, completion: str) -> float:
 
 
 def plain_accuracy(problem: Problem, completion: str) -> float:
-    """1 where the completion ends with the reference as its last word or character: for models without tags."""
+    """1 where the completion ends with the reference as its last word, or as its last character where the reference is one
+    character: for models without tags. Behind a sign or a dot it is the end of another number."""
     text = completion.strip()
-    if not text or not text.endswith(problem.answer):
+    if not problem.answer or not text.endswith(problem.answer):
         return 0.0
     before = text[: -len(problem.answer)]
+    if before.endswith(("-", "−", "+", ".", ",")):
+        return 0.0
     return float(len(problem.answer) == 1 or not before or not before[-1].isalnum())
 
 
@@ -134,7 +140,7 @@ def language_share(text: str, language: str) -> float:
     """
     if language not in ("en", "zh"):
         raise ValueError(f"language = {language!r}: must be 'en' or 'zh'")
-    thoughts = text.split(THINK[1])[0].removeprefix(THINK[0])
+    thoughts = text.split(THINK[1])[0].lstrip().removeprefix(THINK[0])
     wanted = total = 0
     script = ""
     for character in thoughts:

@@ -48,6 +48,8 @@ class Scores:
     """bool [B]: some reward could not be worked out, for a technical reason, and counts as 0."""
     failures: dict[str, int]
     """How often each such reason occurred."""
+    steps: list[tuple[tuple[int, float], ...]]
+    """Of each item: the scores of its steps, times their rewards' weights, with the characters of the text that each ends."""
 
 
 class Scorer:
@@ -55,15 +57,16 @@ class Scorer:
 
     def __init__(
         self, rewards: Mapping[str, tuple[Reward, float]], lengths: Mapping[str, kinds_.Length],
-        only: Mapping[str, tuple[str, ...]],
+        only: Mapping[str, tuple[str, ...]], beat: Callable[[], None],
     ):  # fmt: skip
         """
         Args:
             rewards: each reward's function and weight, by name.
             lengths: those that are worked out from the others' scores, by name.
             only: the parts of a mixture that a reward is for, by its name; those that are for all are not in it.
+            beat: called before each reward.
         """
-        self._rewards, self._lengths, self._only = rewards, lengths, only
+        self._rewards, self._lengths, self._only, self._beat = rewards, lengths, only, beat
 
     def score(self, items: Sequence[Item]) -> Scores:
         """Works out every reward of every item.
@@ -74,7 +77,9 @@ class Scorer:
         total, failed = np.zeros(B), np.zeros(B, bool)
         parts: dict[str, np.ndarray] = {}
         failures: Counter[str] = Counter()
+        steps: list[tuple[tuple[int, float], ...]] = [()] * B
         for name, (reward, weight) in self._rewards.items():
+            self._beat()
             only = self._only.get(name)
             chosen = [i for i, item in enumerate(items) if only is None or item.problem.source in only]
             outcomes = [Outcome(0.0)] * B
@@ -93,10 +98,12 @@ class Scorer:
             for part in sorted({part for outcome in outcomes for part in outcome.parts}):
                 parts[f"{name}/{part}"] = np.array([outcome.parts.get(part, 0.0) for outcome in outcomes], np.float64)
             total += weight * parts[name]
+            for i, outcome in enumerate(outcomes):
+                steps[i] += tuple((end, weight * score) for end, score in outcome.steps)
         for name, kind in self._lengths.items():
             parts[name] = _length_scores(items, parts[kind.of] > 0)
             total += kind.weight * parts[name]
-        return Scores(total=total, parts=parts, failed=failed, failures=dict(failures))
+        return Scores(total=total, parts=parts, failed=failed, failures=dict(failures), steps=steps)
 
 
 def _asked(reward: Reward, items: Sequence[Item]) -> Sequence[Outcome]:
@@ -113,7 +120,7 @@ def _sound(outcome: Outcome) -> Outcome:
     """The outcome, or a failure where it is not made of finite numbers."""
     if outcome.reason:
         return Outcome(0.0, outcome.reason)
-    for value in (outcome.score, *outcome.parts.values()):
+    for value in (outcome.score, *outcome.parts.values(), *(score for _, score in outcome.steps)):
         if not math.isfinite(value):
             return Outcome(0.0, f"a reward of {value}: rewards must be finite")
     return outcome
@@ -130,13 +137,23 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
 
 
-def _each(function: Callable[[Item], Any]) -> Reward:
+def _each(function: Callable[[Item], Any], beat: Callable[[], None]) -> Reward:
     """A reward from a function of one item, whose exceptions fail that item alone."""
 
     def outcome(item: Item) -> Outcome:
+        beat()
         try:
-            score, parts = result if isinstance(result := function(item), tuple) else (result, {})
-            return Outcome(float(score), parts={str(part): float(value) for part, value in parts.items()})
+            result = function(item)
+            score, parts, steps = (
+                (*result, ())
+                if isinstance(result, tuple) and len(result) == 2
+                else (result if isinstance(result, tuple) else (result, {}, ()))
+            )
+            return Outcome(
+                float(score),
+                parts={str(part): float(value) for part, value in parts.items()},
+                steps=tuple((int(end), float(value)) for end, value in steps),
+            )
         except Exception as error:
             return Outcome(0.0, _told(error))
 
@@ -162,6 +179,7 @@ def open_rewards(
     allow_unsafe_code: bool = False,
     workers: int = 2,
     open_model: OpenModel | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Iterator[Scorer]:
     """The scorer of some rewards. What they need is started here, so that what is missing is said before a run begins,
     and ended with the context, also by an exception.
@@ -171,6 +189,7 @@ def open_rewards(
         allow_unsafe_code: run code of completions also where this machine cannot isolate it (`rewards/code.py`).
         workers: processes of each reward that has processes.
         open_model: opens reward models; needed where `kinds` has one.
+        beat: called whenever something of the work is done, for a watchdog.
 
     Raises: ValueError for what cannot be opened, with the remedy.
     """
@@ -190,34 +209,35 @@ def open_rewards(
             require(kind.of in others, "Length", "of", kind.of, f"must be one of the other rewards: {others}")
     with ExitStack() as stack:
         rewards = {
-            name: (_opened(kind, stack, allow_unsafe_code, workers, open_model), kind.weight)
+            name: (_opened(kind, stack, allow_unsafe_code, workers, open_model, beat), kind.weight)
             for name, kind in zip(names, kinds, strict=True)
             if not isinstance(kind, kinds_.Length)
         }
         lengths = {name: k for name, k in zip(names, kinds, strict=True) if isinstance(k, kinds_.Length)}
         only = {name: k.parts for name, k in zip(names, kinds, strict=True) if isinstance(k, kinds_.Only)}
-        yield Scorer(rewards, lengths, only)
+        yield Scorer(rewards, lengths, only, beat)
 
 
 def _opened(
-    kind: RewardKind, stack: ExitStack, allow_unsafe_code: bool, workers: int, open_model: OpenModel | None
-) -> Reward:
+    kind: RewardKind, stack: ExitStack, allow_unsafe_code: bool, workers: int, open_model: OpenModel | None,
+    beat: Callable[[], None],
+) -> Reward:  # fmt: skip
     """The reward of one kind; what has to be closed goes onto the stack."""
     match kind:
         case kinds_.Only(reward=reward):
-            return _opened(reward, stack, allow_unsafe_code, workers, open_model)
+            return _opened(reward, stack, allow_unsafe_code, workers, open_model, beat)
         case kinds_.Accuracy(verifier="math", seconds=seconds):
             pool = stack.enter_context(math_pool.MathPool(workers, seconds))
             return lambda items: math_pool.math_accuracy(pool, items)
         case kinds_.Accuracy(verifier=verifier):
             by_rule = {"exact": rules.accuracy, "plain": rules.plain_accuracy, "countdown": rules.countdown}
-            return _each(lambda item: by_rule[verifier](item.problem, item.completion))
+            return _each(lambda item: by_rule[verifier](item.problem, item.completion), beat)
         case kinds_.Format():
-            return _each(lambda item: rules.has_format(item.completion))
+            return _each(lambda item: rules.has_format(item.completion), beat)
         case kinds_.Language(language=language):
-            return _each(lambda item: rules.language_share(item.completion, language))
+            return _each(lambda item: rules.language_share(item.completion, language), beat)
         case kinds_.Overlong(limit=limit, buffer=buffer):
-            return _each(lambda item: rules.overlong_penalty(item.tokens, limit, buffer))
+            return _each(lambda item: rules.overlong_penalty(item.tokens, limit, buffer), beat)
         case kinds_.Code():
             sandbox = stack.enter_context(Sandbox(code.limits_of(kind), allow_unsafe=allow_unsafe_code))
             return stack.enter_context(code.CodeReward(kind, sandbox, workers))
@@ -225,7 +245,7 @@ def _opened(
             return stack.enter_context(judge.JudgeReward(kind))
         case kinds_.Custom(function=where):
             function = _found(where)
-            return _each(lambda item: function(item.problem, item.completion))
+            return _each(lambda item: function(item.problem, item.completion), beat)
         case kinds_.ModelReward(path=path):
             if open_model is None:
                 raise ValueError(f"ModelReward.path = {path!r}: open_rewards needs open_model to open reward models")
