@@ -246,6 +246,8 @@ class Session:
                     self.step, stopped.thread,
                 ) from None  # fmt: skip
             self._finish_save()
+            if self.interrupt.requested:  # for whoever calls several verbs one after the other
+                raise Stopped(f"{self.interrupt.requested}: came in the last step, which is saved", self.step)
         self.interrupt.deferred = False
         metrics = read_jsonl(self.run_dir / "metrics.jsonl")
         return PostRun(self.run_dir, config, state, metrics, self.run_dir / "checkpoints" / str(self.step))
