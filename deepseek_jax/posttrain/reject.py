@@ -150,6 +150,7 @@ def reject(config: Rejection, folder: storage.AnyPath, *, progress: bool = True)
                 seconds = time.perf_counter() - began
                 facts = {"rows": rows, "left_out": left_out, "too_long": skipped, "seconds": seconds}
                 storage.write_atomic(part, json.dumps(facts, ensure_ascii=False))
+                beat()
                 if progress:
                     print(
                         f"rejection sampling: {first + count} of {config.count} problems, {len(rows)} kept of the last"
