@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -163,6 +164,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, tmp_path, monkeypatch,
     assert [same(line) for line in again.metrics] == [same(line) for line in whole.metrics]
     for path in (tmp_path / "whole" / "rollouts").iterdir():
         assert path.read_text() == (tmp_path / "cut" / "rollouts" / path.name).read_text()
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(base, tmp_path):
+    """As a SIGKILL after step 3 leaves it: steps after the checkpoint are done again, to the bit."""
+    config = config_of(base, steps=4, updates=2, refills=1, checkpoint_every=2, keep_checkpoints=3)
+    whole = grpo(config, tmp_path, progress=False)
+    before = jax.tree.map(np.asarray, whole.state)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:4], lines[4][:20]]))  # the last line was cut off
+    again = grpo(config, tmp_path, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again.state, before)
+    assert [same(line) for line in again.metrics] == [same(line) for line in whole.metrics]
 
 
 def test_problems_that_teach_nothing_end_the_run(base, tmp_path):
