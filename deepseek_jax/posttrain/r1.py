@@ -23,6 +23,7 @@ from deepseek_jax.posttrain.grpo import grpo
 from deepseek_jax.posttrain.grpo_config import GRPO
 from deepseek_jax.posttrain.prefer import Prefer, prefer
 from deepseek_jax.posttrain.reject import Rejection, reject
+from deepseek_jax.posttrain.session import FREE
 from deepseek_jax.posttrain.sft import SFT, sft
 from deepseek_jax.serialize import check_types, to_dict
 
@@ -96,8 +97,8 @@ def r1(config: R1, run_dir: storage.AnyPath, *, progress: bool = True) -> Pipeli
         done = here / _DONE
         if done.exists():
             report = json.loads(done.read_text(encoding="utf-8"))
-            if report["config"] != wanted:
-                changed = sorted(k for k in {*wanted, *report["config"]} if wanted.get(k) != report["config"].get(k))
+            names = {*wanted, *report["config"]} - {*FREE, "slots", "reward_workers"}
+            if changed := sorted(k for k in names if wanted.get(k) != report["config"].get(k)):
                 raise ValueError(
                     f"R1.stages[{number - 1}] = {stage.name!r} is done in {here}, with another {', '.join(changed)}: undo "
                     f"that, name the stage otherwise, or start a new run folder"

@@ -27,6 +27,7 @@ from deepseek_jax.serialize import check_types, to_dict
 from deepseek_jax.training.interrupt import Interrupt, Stopped
 
 SAMPLES, REPORT = "samples.jsonl", "report.json"
+_FREE = ("mesh", "slots", "reward_workers", "verify_checkpoints")  # may change when sampling goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def reject(config: Rejection, folder: storage.AnyPath, *, progress: bool = True)
     """
     check_types(config)
     folder = storage.path(folder)
-    wanted = to_dict(config)
+    wanted = {name: value for name, value in to_dict(config).items() if name not in _FREE}
     mesh = make_mesh(config.mesh)
     with storage.RunLock(folder), Interrupt() as interrupt, use_mesh(mesh):
         note = folder / "config.json.part"  # not config.json: a folder with that is a published checkpoint

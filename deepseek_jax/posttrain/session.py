@@ -36,10 +36,11 @@ from deepseek_jax.training.watchdog import Watchdog
 T = TypeVar("T")
 Line = dict[str, Any]
 
-_FREE = (  # fields that may change when a run goes on
+FREE = (
     "mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "verify_checkpoints",
     "max_skipped_in_a_row", "hang_timeout_s", "writers",
 )  # fmt: skip
+"""Fields of a configuration that may change when a run goes on."""
 
 
 _programs: Any = weakref.WeakKeyDictionary()
@@ -103,7 +104,7 @@ class Session:
         self.step = 0
         self.resumed_from: int | None = None
         self.saved: int | None = None
-        self._shown, self._free = progress, {*_FREE, *free}
+        self._shown, self._free = progress, {*FREE, *free}
         self._line: Line | None = None
         """A metrics line whose evaluation is still to come; saved too."""
         self._skipped_in_a_row = 0
