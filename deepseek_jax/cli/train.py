@@ -20,8 +20,9 @@ def run(args: Sequence[str]) -> None:
 
 def _train() -> tuple[type, Callable[..., Any]]:
     import deepseek_jax as dsj
+    from deepseek_jax.training import RunConfig
 
-    return dsj.RunConfig, dsj.train
+    return RunConfig, dsj.train
 
 
 def run_verb(
