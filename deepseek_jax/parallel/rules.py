@@ -122,6 +122,15 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
+def sharded_shapes(mesh: Mesh, boxed: Any) -> Any:
+    """`ShapeDtypeStruct`s, with their shardings, of a tree with `Weight` leaves (abstract or not)."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        unbox(boxed),
+        tree_shardings(mesh, boxed),
+    )
+
+
 def shard(x: jax.Array, *names: str) -> jax.Array:
     """Constrain `x` to the ambient mesh by its logical axes; without a mesh, `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import tree_shardings, unbox
+from deepseek_jax.parallel.rules import sharded_shapes, unbox
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.guard import Guard, init_guard
 from deepseek_jax.training.lora import init_adapters
@@ -74,11 +74,7 @@ def _boxed_state(config: RunConfig, key: Array) -> TrainState:
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """The state as `ShapeDtypeStruct`s, with shardings where a mesh is given. Makes no array."""
     boxed = jax.eval_shape(lambda key: _boxed_state(config, key), jax.random.key(config.seed))
-    plain = unbox(boxed)
-    if mesh is None:
-        return plain
-    shardings = tree_shardings(mesh, boxed)
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), plain, shardings)
+    return unbox(boxed) if mesh is None else sharded_shapes(mesh, boxed)
 
 
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
