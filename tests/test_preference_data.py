@@ -6,7 +6,6 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 
 from deepseek_jax.chat import get_template
-from deepseek_jax.posttrain.preference_batches import Order
 from deepseek_jax.posttrain.preference_data import (
     SAME,
     TOO_LONG,
@@ -16,6 +15,7 @@ from deepseek_jax.posttrain.preference_data import (
     PairFile,
     load_preferences,
 )
+from deepseek_jax.posttrain.rows import Order
 
 
 def write(path, rows):

@@ -11,13 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from deepseek_jax import platform, storage
+from deepseek_jax.chat import TEMPLATES
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.infer.load import template_of
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import tree_shardings, unbox
+from deepseek_jax.parallel.rules import sharded_shapes
 from deepseek_jax.posttrain.common import From
 from deepseek_jax.serialize import from_dict
 from deepseek_jax.training.devices import fit_dtype
@@ -78,14 +79,22 @@ def open_start(
     return Start(DeepSeek(model), tokenizer, template, lambda: _load(model, source, mesh, what, config))
 
 
+def own_template(config: From, start: Start) -> str:
+    """Name of the start's chat template, one of ours, whose masks say what an answer is.
+
+    Raises: ValueError for a folder that names none, or carries a text of its own.
+    """
+    name = getattr(start.template, "name", None)
+    config.check(
+        name in TEMPLATES, "template",
+        f"{config.init_from} names none of ours; give one of {', '.join(TEMPLATES)}. 'llm' needs no token of its own",
+    )  # fmt: skip
+    return str(name)
+
+
 def abstract_model(model: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a model's variables."""
-    boxed = abstract_variables(model)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        unbox(boxed),
-        tree_shardings(mesh, boxed),
-    )
+    return sharded_shapes(mesh, abstract_variables(model))
 
 
 def _load(model: ModelConfig, source: Any, mesh: Mesh, what: str, config: From) -> dict[str, Any]:

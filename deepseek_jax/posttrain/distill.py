@@ -23,15 +23,16 @@ from deepseek_jax import storage
 from deepseek_jax.config import require
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.rules import degree, named_sharding
+from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.begin import Start, open_start
 from deepseek_jax.posttrain.distill_config import Distill, FromLogits, OnPolicy, Teacher
 from deepseek_jax.posttrain.distill_rollouts import Rollouts
 from deepseek_jax.posttrain.distill_step import Batch, make_distill_update, make_measure
 from deepseek_jax.posttrain.distill_windows import Windows, load_windows
-from deepseek_jax.posttrain.policy import PolicyState, abstract_policy, init_policy, variables_of
+from deepseek_jax.posttrain.policy import PolicyState, abstract_policy, begin_policy, variables_of
 from deepseek_jax.posttrain.reward_model import open_reward_model
 from deepseek_jax.posttrain.rewards import OpenModel, open_rewards
+from deepseek_jax.posttrain.rows import placed
 from deepseek_jax.posttrain.session import Line, Position, PostRun, Session
 from deepseek_jax.posttrain.teachers import StoredTeacher, fingerprint
 from deepseek_jax.serialize import check_types
@@ -110,9 +111,7 @@ def distill(
             shapes = abstract_policy(start.model.config, config.optimizer, session.mesh, reference=False)
 
             def make() -> PolicyState:
-                shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-                init = jax.jit(partial(init_policy, config.optimizer, reference=False), out_shardings=shardings)
-                return init(start.load())
+                return begin_policy(config.optimizer, start.load(), shapes, reference=False)
 
             state = session.begin(
                 start.model.config, start.tokenizer, start.template, shapes, make, source.position, facts
@@ -228,12 +227,3 @@ class _Learner:
             for name, value in jax.device_get(found).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {**{name: value / max(count, 1) for name, value in sums.items()}, **line, "tokens": count}
-
-
-def placed(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch of numpy's arrays on a mesh, its rows split over those that share a batch."""
-
-    def one(x: Any) -> jax.Array:
-        return jax.device_put(x, named_sharding(mesh, ("batch", *("none",) * (x.ndim - 1)), x.shape, "batch"))
-
-    return jax.tree.map(one, batch)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.begin import Start
 from deepseek_jax.posttrain.distill_config import OnPolicy
 from deepseek_jax.posttrain.distill_step import Batch
-from deepseek_jax.posttrain.grpo_log import of_lengths
+from deepseek_jax.posttrain.grpo_log import means, of_lengths
 from deepseek_jax.posttrain.policy import PolicyState, variables_of
 from deepseek_jax.posttrain.prompts import Problems, Prompter
 from deepseek_jax.posttrain.rewards import Scorer
 from deepseek_jax.posttrain.rollout import pack
+from deepseek_jax.posttrain.rows import few_lengths
 from deepseek_jax.posttrain.sampler import Completion, Sampler
 from deepseek_jax.posttrain.session import Line, Session
 
@@ -41,8 +40,7 @@ class Rollouts:
         self.position, self.test = (Problems(method.problems, split, seed) for split in ("train", "test"))
         self.sampler = Sampler(
             start.model, Prompter.of(start.tokenizer, start.template), max_prompt_tokens=method.max_prompt_tokens,
-            max_new_tokens=method.max_new_tokens,
-            slots=-(-min(method.slots, method.rows) // degree("batch")) * degree("batch"),
+            max_new_tokens=method.max_new_tokens, slots=min(method.slots, method.rows),
         )  # fmt: skip
         self.facts: Line = {}
 
@@ -76,8 +74,7 @@ class Rollouts:
             greedy = self.sampler.complete(problems, 1, "evaluation", temperature=0.0, beat=self._beat)
             scores = self.scorer.score([c.item(i) for i, c in enumerate(greedy)])
             line = {
-                "reward": float(scores.total.mean()),
-                **{name: float(values.mean()) for name, values in scores.parts.items()},
+                **means(scores),
                 **{f"greedy_{name}": float(of_lengths(greedy)[name]) for name in ("length_mean", "truncated")},
             }
         completions = self.sampler.complete(problems, 1, "evaluation", temperature=method.temperature, beat=self._beat)
@@ -92,16 +89,12 @@ class Rollouts:
 
     def _packed(self, completions: Sequence[Completion]) -> Batch:
         needed = max(len(c.prompt) + len(c.generation.tokens) for c in completions) - 1
-        longest = self.method.places - 1
-        # Few lengths, so that few programs are compiled.
-        quarter = -(-longest // 4) if longest > 64 else longest
-        length = min(-(-needed // quarter) * quarter, longest)
+        length = few_lengths(needed, self.method.places - 1)
         rows = pack(
             [c.prompt for c in completions], [c.generation for c in completions], np.zeros(len(completions)), length,
             pad_id=self.sampler.prompter.tokenizer.pad_id,
         )  # fmt: skip
-        batch: Any = Batch(np.asarray(rows.tokens), np.asarray(rows.mask))  # type: ignore[arg-type]
-        return batch
+        return Batch(rows.tokens, rows.mask)
 
     def _beat(self) -> None:
         self.session.watchdog.beat(f"rollouts of step {self.session.step + 1}")

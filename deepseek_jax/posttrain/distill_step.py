@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
@@ -17,9 +16,9 @@ from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.posttrain.divergence import Divergence, Known, Live, TopK, divergence_sums, top_k_of
 from deepseek_jax.posttrain.policy import PolicyState, abstract_policy, variables_of
+from deepseek_jax.posttrain.update import applied, summed
 from deepseek_jax.training.config import AdamW
-from deepseek_jax.training.guard import chosen
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.loss import from_chunks, in_chunks
 from deepseek_jax.types import Array
 
 
@@ -89,25 +88,10 @@ def make_distill_update(
                 return divergence_sums(kind, hidden, w_DW, known, part.tokens[:, 1:], weights, chunk)
 
             (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-            return jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads), {"loss": loss, **figures}
+            return grads, {"loss": loss, **figures}
 
-        if pieces == 1:
-            grads, metrics = piece(batch)
-        else:
-            parts = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
-            first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-            grads, metrics = lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, piece(part)), None), piece(first), rest
-            )[0]
-        updates, opt_state = make_optimizer(optimizer, lambda step: learning_rate).update(
-            grads, state.opt_state, state.params
-        )
-        norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = state.replace(  # type: ignore[attr-defined]
-            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
-        return chosen(ok, new, state), {**metrics, "grad_norm": norm, "applied": ok}
+        grads, metrics = summed(piece, batch, pieces)
+        return applied(optimizer, state, state.params, grads, metrics, learning_rate, lambda params: {"params": params})
 
     return update
 
@@ -145,16 +129,13 @@ def make_top_k(teacher: DeepSeek, k: int, temperature: float, mesh: Mesh, *, chu
     @partial(jax.jit, out_shardings=named_sharding(mesh, (), ()))
     def top_k(variables: Any, batch: Batch) -> TopK:
         hidden, w_DW = _hidden(teacher, variables, batch), teacher.apply(variables, method="head_kernel")
-        B, T, D = hidden.shape
-        c = min(chunk, T)
-        pieces = jnp.pad(hidden, [(0, 0), (0, -T % c), (0, 0)]).reshape(B, -1, c, D)
 
         def one(h: Array) -> TopK:
             wide = at_least_float32(h.dtype)
             logits = jnp.einsum("bcd,dw->bcw", h, w_DW.astype(h.dtype), preferred_element_type=wide)
             return top_k_of(logits / temperature, k)
 
-        found = lax.map(one, jnp.moveaxis(pieces, 1, 0))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T], found)
+        found = lax.map(one, in_chunks(hidden, chunk))
+        return jax.tree.map(partial(from_chunks, places=hidden.shape[1]), found)
 
     return top_k

@@ -12,12 +12,11 @@ import jax
 import numpy as np
 
 from deepseek_jax import storage
-from deepseek_jax.chat import TEMPLATES
 from deepseek_jax.chat.data import ChatData
 from deepseek_jax.chat.dataset import Chats, load_chats
 from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.pipeline import batches, held_out_batches
-from deepseek_jax.posttrain.begin import Start
+from deepseek_jax.posttrain.begin import Start, own_template
 from deepseek_jax.posttrain.distill_config import Distill, FromLogits
 from deepseek_jax.posttrain.distill_step import Batch
 from deepseek_jax.posttrain.policy import PolicyState
@@ -114,11 +113,7 @@ def load_windows(method: FromLogits, config: Distill, start: Start, progress: bo
     """
     own, vocab_size = str(storage.path(config.init_from) / "tokenizer.json"), start.model.config.vocab_size
     if isinstance(method.data, ChatData):
-        template = getattr(start.template, "name", None)
-        config.check(
-            template in TEMPLATES, "template",
-            f"{config.init_from} names none of ours; give one of {', '.join(TEMPLATES)}. 'llm' needs no token of its own",
-        )  # fmt: skip
+        template = own_template(config, start)
         tokenizer = own if method.data.tokenizer == "init" else method.data.tokenizer
         chats = replace(method.data, template=template, tokenizer=tokenizer)
         data: Chats | Data = load_chats(chats, method.seq_len, None, model_vocab_size=vocab_size, progress=progress)

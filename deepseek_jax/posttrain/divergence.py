@@ -19,6 +19,7 @@ from jax import lax
 
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.parallel.rules import shard
+from deepseek_jax.training.loss import in_chunks
 from deepseek_jax.types import Array
 
 
@@ -123,16 +124,9 @@ def divergence_sums(
         tokens are one) of each teacher i, the student's `entropy` and the tokens' `cross_entropy` at temperature 1.
         These have no gradient.
     """
-    B, T, _ = hidden_BTD.shape
-    chunk = min(chunk, T)
-
-    def pieces(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
-
     places = tuple(t.hidden if isinstance(t, Live) else t for t in teachers)
     heads = tuple(t.w if isinstance(t, Live) else None for t in teachers)
-    of_places = jax.tree.map(pieces, (hidden_BTD, places, targets_BT, weights_BT))
+    of_places = jax.tree.map(partial(in_chunks, chunk=chunk), (hidden_BTD, places, targets_BT, weights_BT))
     return _sums(kind, of_places[0], w_DW, heads, of_places[1:])
 
 

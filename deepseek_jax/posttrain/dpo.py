@@ -16,7 +16,7 @@ from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.posttrain.policy import variables_of
 from deepseek_jax.posttrain.preference_batches import Batch
 from deepseek_jax.posttrain.preference_step import Gradient, PreferenceState, Scores
-from deepseek_jax.training.loss import cross_entropy_sum
+from deepseek_jax.training.loss import cross_entropy_sum, in_chunks
 from deepseek_jax.types import Array
 
 
@@ -61,13 +61,7 @@ def answer_logprobs(hidden_RTD: Array, w_DW: Array, targets_RT: Array, mask_RT: 
 
     Not for gradients: `dpo_gradient` has them.
     """
-    R, T, _ = hidden_RTD.shape
-    wide, chunk = at_least_float32(hidden_RTD.dtype), min(chunk, T)
-    pad = -T % chunk
-
-    def pieces(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(R, -1, chunk, *x.shape[2:]), 1, 0)
+    wide = at_least_float32(hidden_RTD.dtype)
 
     def one(piece: tuple[Array, Array, Array]) -> Array:
         hidden, targets, mask = piece
@@ -75,7 +69,8 @@ def answer_logprobs(hidden_RTD: Array, w_DW: Array, targets_RT: Array, mask_RT: 
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.where(mask, target - jax.nn.logsumexp(logits, axis=-1), 0).sum(axis=-1)
 
-    return lax.map(one, (pieces(hidden_RTD), pieces(targets_RT), pieces(mask_RT))).sum(axis=0)
+    parts = (in_chunks(x, chunk) for x in (hidden_RTD, targets_RT, mask_RT))
+    return lax.map(one, tuple(parts)).sum(axis=0)
 
 
 def _rows(batch: Batch) -> tuple[Array, Array, Array]:

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import storage
-from deepseek_jax.parallel.rules import degree, named_sharding
+from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.advantage import group_advantages, process_advantages
 from deepseek_jax.posttrain.begin import open_start
 from deepseek_jax.posttrain.grpo_config import GRPO
-from deepseek_jax.posttrain.grpo_log import joined, of_lengths, of_rewards, rows_of, show
+from deepseek_jax.posttrain.grpo_log import joined, means, of_lengths, of_rewards, rows_of, show
 from deepseek_jax.posttrain.policy import (
     PolicyState,
     Rollouts,
     abstract_policy,
-    init_policy,
+    begin_policy,
     make_logprobs,
     make_update,
     variables_of,
@@ -35,6 +35,7 @@ from deepseek_jax.posttrain.prompts import Problems, Prompter
 from deepseek_jax.posttrain.reward_model import open_reward_model
 from deepseek_jax.posttrain.rewards import OpenModel, RewardsFailed, Scores, open_rewards
 from deepseek_jax.posttrain.rollout import pack
+from deepseek_jax.posttrain.rows import few_lengths, placed
 from deepseek_jax.posttrain.sampler import Completion, Sampler
 from deepseek_jax.posttrain.session import Line, PostRun, Session
 from deepseek_jax.posttrain.tasks import Problem
@@ -97,9 +98,7 @@ def grpo(
             shapes = abstract_policy(model, config.optimizer, session.mesh, reference=kl)
 
             def make() -> PolicyState:
-                shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-                init = jax.jit(partial(init_policy, config.optimizer, reference=kl), out_shardings=shardings)
-                return init(start.load())
+                return begin_policy(config.optimizer, start.load(), shapes, reference=kl)
 
             facts = {"problems": train.fingerprint}
             state = session.begin(model, start.tokenizer, start.template, shapes, make, train, facts)
@@ -176,8 +175,7 @@ class _Learner:
         scores = self.scorer.score([c.item(i) for i, c in enumerate(completions)])
         lengths = [len(c.generation.tokens) for c in completions]
         return {
-            "reward": float(scores.total.mean()),
-            **{name: float(values.mean()) for name, values in scores.parts.items()},
+            **means(scores),
             "length": float(np.mean(lengths)),
             "truncated": float(np.mean([c.truncated for c in completions])),
         }
@@ -263,8 +261,7 @@ class _Learner:
         """Places of a row: few different ones, so that few programs are compiled."""
         needed = max(len(c.prompt) + len(c.generation.tokens) for c in completions) - 1
         longest = self.config.max_prompt_tokens + self.config.max_new_tokens - 1
-        quarter = -(-longest // 4) if longest > 64 else longest
-        return min(-(-needed // quarter) * quarter, longest)
+        return few_lengths(needed, longest)
 
     def _packed(
         self, completions: Sequence[Completion], scores: Scores, advantages: np.ndarray, length: int
@@ -275,7 +272,7 @@ class _Learner:
             pad_id=tokenizer.pad_id,
         )  # fmt: skip
         left_out = scores.failed | np.array([c.truncated and config.truncated == "mask" for c in completions])
-        return replace(rollouts, mask=rollouts.mask & ~jnp.asarray(left_out)[:, None])
+        return replace(rollouts, mask=rollouts.mask & ~left_out[:, None])
 
     def _parts(self, state: PolicyState, rollouts: Rollouts, number: int) -> list[Rollouts]:
         """The completions of each update, on the mesh; with old log-probabilities where there are several."""
@@ -286,18 +283,13 @@ class _Learner:
         size = config.completions // config.updates
         parts = []
         for first in range(0, config.completions, size):
-            part = jax.tree.map(lambda x, rows=order[first : first + size]: self._placed(np.asarray(x)[rows]), rollouts)
-            parts.append(part)
+            rows = order[first : first + size]
+            parts.append(placed(jax.tree.map(lambda x, rows=rows: x[rows], rollouts), self.session.mesh))
         if config.updates == 1:
             return parts
         variables = variables_of(state.params, state.router)
         logprobs = self.session.compiled(self.logprobs, variables, parts[0])
         return [replace(part, old_logprobs=logprobs(variables, part)[0]) for part in parts]
-
-    def _placed(self, x: np.ndarray) -> jax.Array:
-        mesh = self.session.mesh
-        names = ("batch", *("none",) * (x.ndim - 1))
-        return jax.device_put(x, named_sharding(mesh, names, x.shape, "rollouts"))
 
     def _beat(self) -> None:
         self.session.watchdog.beat(f"rollouts of step {self.session.step + 1}")

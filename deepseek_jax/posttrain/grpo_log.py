@@ -45,6 +45,11 @@ def of_rewards(scores: Scores, alike: np.ndarray, samples: int) -> Line:
     }
 
 
+def means(scores: Scores) -> Line:
+    """Mean reward, and that of each part."""
+    return {"reward": float(scores.total.mean())} | {name: float(x.mean()) for name, x in scores.parts.items()}
+
+
 def of_lengths(completions: Sequence[Completion]) -> Line:
     """Figures of the completions' lengths, in tokens."""
     lengths = np.array([len(c.generation.tokens) for c in completions])

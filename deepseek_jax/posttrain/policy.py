@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
@@ -17,11 +16,11 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import tree_shardings, unbox
+from deepseek_jax.parallel.rules import sharded_shapes
 from deepseek_jax.posttrain.objective import PolicyLoss, PolicyMetrics, policy_loss
+from deepseek_jax.posttrain.update import applied, summed
 from deepseek_jax.training.config import AdamW
-from deepseek_jax.training.guard import chosen
-from deepseek_jax.training.loss import cross_entropy_sum, kept_logits
+from deepseek_jax.training.loss import cross_entropy_sum, from_chunks, in_chunks, kept_logits
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.types import Array
 
@@ -100,13 +99,7 @@ def _hidden(model: DeepSeek, variables: Any, tokens_BT1: Array, temperature: flo
 
 
 def _logprobs(hidden_BTD: Array, w_DW: Array, targets_BT: Array, chunk: int, kept: Array | None) -> tuple[Array, Array]:
-    B, T, _ = hidden_BTD.shape
-    wide, chunk = at_least_float32(hidden_BTD.dtype), min(chunk, T)
-    pad = -T % chunk
-
-    def pieces(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+    wide = at_least_float32(hidden_BTD.dtype)
 
     def one(piece: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
         hidden, targets, kept = piece
@@ -115,9 +108,8 @@ def _logprobs(hidden_BTD: Array, w_DW: Array, targets_BT: Array, chunk: int, kep
         entropy = -(jnp.exp(logp) * jnp.where(logp == -jnp.inf, 0, logp)).sum(axis=-1)
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
 
-    outs = lax.map(one, (pieces(hidden_BTD), pieces(targets_BT), None if kept is None else pieces(kept)))
-    logp, entropy = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in outs)
-    return logp, entropy
+    parts = jax.tree.map(partial(in_chunks, chunk=chunk), (hidden_BTD, targets_BT, kept))
+    return jax.tree.map(partial(from_chunks, places=targets_BT.shape[1]), lax.map(one, parts))
 
 
 def init_policy(optimizer: AdamW, variables: Any, *, reference: bool) -> PolicyState:
@@ -138,12 +130,14 @@ def init_policy(optimizer: AdamW, variables: Any, *, reference: bool) -> PolicyS
 
 def abstract_policy(model: ModelConfig, optimizer: AdamW, mesh: Mesh, *, reference: bool) -> PolicyState:
     """`init_policy`'s state as `ShapeDtypeStruct`s with their shardings on a mesh."""
-    boxed = jax.eval_shape(partial(init_policy, optimizer, reference=reference), abstract_variables(model))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        unbox(boxed),
-        tree_shardings(mesh, boxed),
-    )
+    make = partial(init_policy, optimizer, reference=reference)
+    return sharded_shapes(mesh, jax.eval_shape(make, abstract_variables(model)))
+
+
+def begin_policy(optimizer: AdamW, variables: Any, shapes: PolicyState, *, reference: bool) -> PolicyState:
+    """`init_policy`'s state in the shards of `shapes`, which `abstract_policy` gave."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(partial(init_policy, optimizer, reference=reference), out_shardings=shardings)(variables)
 
 
 Update = Callable[[PolicyState, Rollouts, Array], tuple[PolicyState, dict[str, Any]]]
@@ -207,7 +201,7 @@ def make_update(
             share = part.mask.sum() / count  # of the tokens, for means over tokens
             rows = part.mask.any(axis=1).sum() / completions
             of_rows = rows if loss.ratio == "sequence" else share
-            return jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads), {
+            return grads, {
                 "loss": value,
                 "entropy": jnp.where(part.mask, entropy, 0).sum() / count,
                 "kl": metrics.kl * share,
@@ -219,35 +213,7 @@ def make_update(
                 "sampler_drift_max": drift.max(),
             }
 
-        grads, metrics = _summed(piece, rollouts, pieces)
-        updates, opt_state = make_optimizer(optimizer, lambda step: learning_rate).update(
-            grads, state.opt_state, state.params
-        )
-        norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = state.replace(  # type: ignore[attr-defined]
-            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
-        return chosen(ok, new, state), {**metrics, "grad_norm": norm, "applied": ok}
+        grads, metrics = summed(piece, rollouts, pieces, largest=("sampler_drift_max",))
+        return applied(optimizer, state, state.params, grads, metrics, learning_rate, lambda params: {"params": params})
 
     return update
-
-
-def _summed(piece: Callable[[Rollouts], Any], rollouts: Rollouts, pieces: int) -> tuple[Any, dict[str, Array]]:
-    """Gradients and metrics of all pieces: sums, and the largest drift."""
-    if pieces == 1:
-        return piece(rollouts)
-    if (rows := rollouts.tokens.shape[0]) % pieces:
-        raise ValueError(f"pieces = {pieces}: must divide the {rows} completions of an update")
-    parts = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rollouts)
-    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-
-    def add(carry: Any, part: Rollouts) -> tuple[Any, None]:
-        (grads, metrics), (more_grads, more) = carry, piece(part)
-        highest = {"sampler_drift_max": jnp.maximum(metrics["sampler_drift_max"], more["sampler_drift_max"])}
-        return (
-            jax.tree.map(jnp.add, grads, more_grads),
-            {name: metrics[name] + more[name] for name in metrics} | highest,
-        ), None
-
-    return lax.scan(add, piece(first), rest)[0]

@@ -15,11 +15,11 @@ import numpy as np
 
 from deepseek_jax import storage
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.rules import degree, named_sharding
+from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.begin import Start, open_start
 from deepseek_jax.posttrain.common import PostConfig
 from deepseek_jax.posttrain.dpo import DPO, dpo_gradient, dpo_scores
-from deepseek_jax.posttrain.preference_batches import Batch, Order, collate, in_batches
+from deepseek_jax.posttrain.preference_batches import Batch, collate, in_batches
 from deepseek_jax.posttrain.preference_data import (
     Encoder,
     Example,
@@ -45,6 +45,7 @@ from deepseek_jax.posttrain.preference_step import (
     shardings_of,
 )
 from deepseek_jax.posttrain.reward_model import RewardModel, make_head, reward_gradient, reward_scores
+from deepseek_jax.posttrain.rows import Order, placed
 from deepseek_jax.posttrain.session import Line, PostRun, Session
 from deepseek_jax.serialize import check_types
 
@@ -178,9 +179,10 @@ class _Learner:
         began = time.perf_counter()
         batch = self._collated([self.train[i] for i in self.order.take(config.batch_size)])
         rate = jnp.float32(config.rate.at(number, session.steps))
-        update = session.compiled(self.update, state, self._placed(batch), rate)
+        on_mesh = placed(batch, session.mesh)
+        update = session.compiled(self.update, state, on_mesh, rate)
         session.stopping()
-        state, metrics = update(state, self._placed(batch), rate)
+        state, metrics = update(state, on_mesh, rate)
         line = {name: value.item() for name, value in jax.device_get(metrics).items()}
         tokens = int(batch.last.sum()) + batch.last.size
         seconds = time.perf_counter() - began
@@ -192,7 +194,7 @@ class _Learner:
         size, beat = self.config.batch_size // self.config.pieces, self._beat
         pad_id = self.start.tokenizer.pad_id
         for batch, count in in_batches(self.held_out, size, self.config.max_tokens, pad_id, beat):
-            for name, value in jax.device_get(self.scores(state, self._placed(batch))).items():
+            for name, value in jax.device_get(self.scores(state, placed(batch, self.session.mesh))).items():
                 found.setdefault(name, []).append(value[:count])
         report = self._report({name: np.concatenate(values).astype(np.float64) for name, values in found.items()})
         if jax.process_index() == 0:
@@ -217,14 +219,6 @@ class _Learner:
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
         return collate(examples, self.config.max_tokens, self.start.tokenizer.pad_id)
-
-    def _placed(self, batch: Batch) -> Batch:
-        mesh = self.session.mesh
-
-        def one(x: Any) -> jax.Array:
-            return jax.device_put(x, named_sharding(mesh, ("batch", *("none",) * (x.ndim - 1)), x.shape, "preferences"))
-
-        return jax.tree.map(one, batch)
 
     def _beat(self) -> None:
         self.session.watchdog.beat(f"evaluation at step {self.session.step}")

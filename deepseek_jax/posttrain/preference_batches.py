@@ -1,42 +1,15 @@
-"""Preferences side by side: the order of examples, and batches of few shapes."""
+"""Preferences side by side, in batches of few shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from flax import struct
 
 from deepseek_jax.posttrain.preference_data import Example
+from deepseek_jax.posttrain.rows import few_lengths
 from deepseek_jax.types import Array
-
-
-class Order:
-    """Numbers of examples without end, in a new order each epoch; the position is how many were taken."""
-
-    def __init__(self, count: int, seed: int):
-        self._count, self._seed, self._next = count, seed, 0
-        self._epoch: tuple[int, np.ndarray] = (-1, np.zeros(0))
-
-    def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self._count)
-        if self._epoch[0] != epoch:
-            self._epoch = epoch, np.random.default_rng((self._seed, epoch)).permutation(self._count)
-        return int(self._epoch[1][place])
-
-    def take(self, count: int) -> list[int]:
-        """The next ones."""
-        self._next += count
-        return [self[index] for index in range(self._next - count, self._next)]
-
-    def get_state(self) -> dict[str, Any]:
-        """The position."""
-        return {"next": self._next}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a position."""
-        self._next = int(state["next"])
 
 
 @struct.dataclass
@@ -56,9 +29,7 @@ class Batch:
 def collate(examples: Sequence[Example], max_tokens: int, pad_id: int) -> Batch:
     """Examples side by side, in one of few lengths, so that few programs are compiled; arrays of numpy."""
     answers = [answer for example in examples for answer in example.answers]
-    longest = max(len(a.ids) for a in answers)
-    quarter = -(-max_tokens // 4) if max_tokens > 64 else max_tokens
-    T = min(-(-longest // quarter) * quarter, max_tokens)
+    T = few_lengths(max(len(a.ids) for a in answers), max_tokens)
     tokens, mask = np.full((len(answers), T), pad_id, np.int32), np.zeros((len(answers), T), bool)
     for row, answer in enumerate(answers):
         tokens[row, : len(answer.ids)] = answer.ids

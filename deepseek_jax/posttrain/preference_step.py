@@ -8,18 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jax import lax
 from jax.sharding import Mesh
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.counts import abstract_variables
-from deepseek_jax.parallel.rules import named_sharding, tree_shardings, unbox
+from deepseek_jax.parallel.rules import named_sharding, sharded_shapes
 from deepseek_jax.posttrain.preference_batches import Batch
+from deepseek_jax.posttrain.update import applied, summed
 from deepseek_jax.training.config import AdamW
-from deepseek_jax.training.guard import chosen
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.types import Array
 
@@ -77,12 +74,7 @@ def abstract_preference(
 ) -> PreferenceState:
     """`init_preference`'s state as `ShapeDtypeStruct`s with their shardings on a mesh."""
     make = partial(init_preference, optimizer, reference=reference, head=head)
-    boxed = jax.eval_shape(make, abstract_variables(model))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        unbox(boxed),
-        tree_shardings(mesh, boxed),
-    )
+    return sharded_shapes(mesh, jax.eval_shape(make, abstract_variables(model)))
 
 
 def shardings_of(shapes: PreferenceState) -> Any:
@@ -113,25 +105,7 @@ def make_preference_update(gradient: Gradient, optimizer: AdamW, *, pieces: int 
     @partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def update(state: PreferenceState, batch: Batch, rate: Array) -> tuple[PreferenceState, dict[str, Any]]:
         examples = batch.labels.shape[0]
-
-        def piece(part: Batch) -> tuple[Any, dict[str, Array]]:
-            grads, metrics = gradient(state, part, examples)
-            return jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads), metrics
-
-        if pieces == 1:
-            grads, metrics = piece(batch)
-        else:
-            parts = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
-            first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-            grads, metrics = lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, piece(part)), None), piece(first), rest
-            )[0]
-        before = trained(state)
-        updates, opt_state = make_optimizer(optimizer, lambda step: rate).update(grads, state.opt_state, before)
-        after = optax.apply_updates(before, updates)
-        norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = state.replace(step=state.step + 1, opt_state=opt_state, **after)  # type: ignore[attr-defined]
-        return chosen(ok, new, state), {**metrics, "grad_norm": norm, "applied": ok}
+        grads, metrics = summed(lambda part: gradient(state, part, examples), batch, pieces)
+        return applied(optimizer, state, trained(state), grads, metrics, rate, lambda after: after)
 
     return update

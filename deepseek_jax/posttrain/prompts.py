@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from deepseek_jax.chat.template import Template
 from deepseek_jax.config import require
 from deepseek_jax.data.pipeline import Mixture
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.posttrain.rows import Endless, Order
 from deepseek_jax.posttrain.tasks import (
     ChainSum,
     Countdown,
@@ -71,7 +70,7 @@ class Mix:
         require(len(names) > 0 and len(set(names)) == len(names), "Mix", "parts", names, "must have names that differ")
 
 
-class Problems:
+class Problems(Endless):
     """Problems without end, each by its number; the position is the number of the next one."""
 
     def __init__(self, source: Source | Mix, split: Split, seed: int):
@@ -80,8 +79,8 @@ class Problems:
         """
         self._source, self._seed = source, seed
         self._split: Split = split
-        self._next = 0
         self._file: list[Problem] | None = None
+        self._order: Order | None = None
         self._parts: Mixture | None = None
         if isinstance(source, Mix):
             parts = [Problems(part.problems, split, seed) for part in source.parts]
@@ -94,6 +93,7 @@ class Problems:
                     f"ProblemFile.path = {source.path!r}: none of its {len(every)} problems is of the split {split!r}, "
                     f"which holds {'nine' if split == 'train' else 'one'} in ten: give more problems"
                 )
+            self._order = Order(len(self._file), seed)
 
     def __getitem__(self, index: int) -> Problem:
         """Problem number `index`; those of a file come in a new order each epoch."""
@@ -101,31 +101,16 @@ class Problems:
             assert isinstance(self._source, Mix)
             part, inner = self._parts.place(index)
             return replace(self._parts.sources[part][inner], source=self._source.parts[part].name)
-        if self._file is None:
+        if self._file is None or self._order is None:
             assert not isinstance(self._source, ProblemFile | Mix)
             return problem(self._source, self._split, index, self._seed)
-        epoch, place = divmod(index, len(self._file))
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._file))
-        return self._file[order[place]]
+        return self._file[self._order[index]]
 
     @property
     def fingerprint(self) -> str:
         """Hex hash of the problems of files; what a task draws follows from its configuration."""
         parts = [part.fingerprint for part in self._parts.sources] if self._parts is not None else [repr(self._file)]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-    def take(self, count: int) -> list[Problem]:
-        """The next problems."""
-        self._next += count
-        return [self[index] for index in range(self._next - count, self._next)]
-
-    def get_state(self) -> dict[str, Any]:
-        """The position."""
-        return {"next": self._next}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a position."""
-        self._next = int(state["next"])
 
 
 @dataclass(frozen=True)

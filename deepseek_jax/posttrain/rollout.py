@@ -20,7 +20,8 @@ from deepseek_jax.types import Array
 def pack(
     prompts: Sequence[Sequence[int]], generations: Sequence[Generation], advantages: Any, length: int, pad_id: int = 0
 ) -> Rollouts:
-    """Rows of one completion each, padded behind it; with experts and token sets where the engine recorded them.
+    """Rows of one completion each, padded behind it; with experts and token sets where the engine recorded them. Arrays are
+    numpy's.
 
     Args:
         prompts: token ids of each completion's prompt.
@@ -49,18 +50,19 @@ def pack(
         tokens[i, :end] = [*prompt, *generation.tokens]
         mask[i, begin - 1 : end - 1] = True
         sampler[i, begin - 1 : end - 1] = generation.sampled_logprobs
-    return Rollouts(
-        tokens=jnp.asarray(tokens),
-        mask=jnp.asarray(mask),
-        advantages=jnp.asarray(np.asarray(advantages, np.float32).reshape(B, -1)),
-        sampler_logprobs=jnp.asarray(sampler),
+    arrays: Any = dict(  # numpy's: an update places them
+        tokens=tokens,
+        mask=mask,
+        advantages=np.asarray(advantages, np.float32).reshape(B, -1),
+        sampler_logprobs=sampler,
         # Place i of both is of the pass over token i: its experts, and the set that token i + 1 came from.
         experts=_records("experts", [g.experts for g in generations], [0] * B, length, -1),
         kept=_records("kept", [g.kept for g in generations], [len(prompt) - 1 for prompt in prompts], length, 0),
     )
+    return Rollouts(**arrays)
 
 
-def _records(name: str, rows: list[Any], begins: list[int], length: int, fill: int) -> Array | None:
+def _records(name: str, rows: list[Any], begins: list[int], length: int, fill: int) -> np.ndarray | None:
     """Recorded arrays [n, …] as one [B, length, …], each from its place on; None where there are none."""
     if all(row is None for row in rows):
         return None
@@ -69,7 +71,7 @@ def _records(name: str, rows: list[Any], begins: list[int], length: int, fill: i
     out = np.full((len(rows), length, *rows[0].shape[1:]), fill, rows[0].dtype)
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         out[i, begin : begin + len(row)] = row
-    return jnp.asarray(out)
+    return out
 
 
 def checksum(weights: LayerWeights) -> dict[str, int]:

@@ -188,7 +188,6 @@ class Session:
         state: T,
         one_step: Callable[[T], tuple[T, Line]],
         evaluate: Callable[[T], Line] | None = None,
-        stop: Callable[[Line], bool] | None = None,
     ) -> PostRun:
         """Steps to the end, logged, evaluated and saved.
 
@@ -198,10 +197,8 @@ class Session:
                 was asked) as long as it has given no buffer of the state away; the data's position is then set back.
                 Metrics with `applied` False count as an update left out.
             evaluate: of a state, before the first step, every `eval_every` and after the last; logged as `evaluation`.
-            stop: of a line with an evaluation: whether the run ends here.
         """
         config, position = self.config, self._position
-        last_line: Line = {}
         with ExitStack() as stack:
             bar = stack.enter_context(Progress(self.steps, self.step, label=self.verb, shown=self._shown))
             if jax.process_index() == 0:
@@ -214,10 +211,8 @@ class Session:
             before = position.get_state()
             try:
                 if self._line is not None:
-                    last_line = self._write(bar, state, evaluate)
-                while self.step < self.steps and not (
-                    stop is not None and "evaluation" in last_line and stop(last_line)
-                ):
+                    self._write(bar, state, evaluate)
+                while self.step < self.steps:
                     self.stopping()
                     before, began = position.get_state(), time.perf_counter()
                     self.watchdog.beat(f"step {self.step + 1}")
@@ -230,10 +225,9 @@ class Session:
                     evaluated = evaluate is not None and (
                         last or bool(config.eval_every and self.step % config.eval_every == 0)
                     )
-                    last_line = {}
                     if self.step % config.log_every == 0 or evaluated or last:
                         self._line = {"step": self.step, **line, "step_seconds": time.perf_counter() - began}
-                        last_line = self._write(bar, state, evaluate if evaluated else None)
+                        self._write(bar, state, evaluate if evaluated else None)
                     if self.step % config.checkpoint_every == 0 or last:
                         self.save(state)
                 self.save(state)
@@ -328,7 +322,7 @@ class Session:
                 f"{type(self.config).__name__}.max_skipped_in_a_row sets the limit"
             )
 
-    def _write(self, bar: Progress, state: Any, evaluate: Callable[[Any], Line] | None) -> Line:
+    def _write(self, bar: Progress, state: Any, evaluate: Callable[[Any], Line] | None) -> None:
         assert self._line is not None
         line = self._line
         if evaluate is not None:
@@ -341,4 +335,3 @@ class Session:
             writer.write(line["step"], {name: value for name, value in line.items() if name != "step"})
         shown: dict[str, Any] = {k: line[k] for k in ("loss", "reward", "accuracy") if k in line}
         bar.update(self.step, shown)
-        return line

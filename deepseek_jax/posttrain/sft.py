@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from deepseek_jax import storage
-from deepseek_jax.chat import TEMPLATES
 from deepseek_jax.chat.data import ChatData
 from deepseek_jax.chat.dataset import Chats, load_chats
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.posttrain.begin import open_start
+from deepseek_jax.posttrain.begin import open_start, own_template
 from deepseek_jax.posttrain.common import PostConfig, Rate
 from deepseek_jax.serialize import check_types
 from deepseek_jax.training.config import RunConfig, SpikeSkip
@@ -101,11 +100,7 @@ def prepare(config: SFT, *, progress: bool = True) -> tuple[RunConfig, Chats]:
     named = replace(config, template=config.template or config.data.template)
     start = open_start(named, mesh, mtp=config.mtp == "keep")
     model = start.model.config
-    template = getattr(start.template, "name", None)
-    config.check(
-        template in TEMPLATES, "template",
-        f"{config.init_from} names none of ours; give one of {', '.join(TEMPLATES)}. 'llm' needs no token of its own",
-    )  # fmt: skip
+    template = own_template(config, start)
     own = storage.path(config.init_from) / "tokenizer.json"
     tokenizer = str(own) if config.data.tokenizer == "init" else config.data.tokenizer
     chats = replace(config.data, template=template, tokenizer=tokenizer)

@@ -37,16 +37,24 @@ def cross_entropy_sum(
     Returns:
         Scalar, float32 or wider.
     """
-    B, T, _ = hidden_BTD.shape
+    kept = None if kept is None else in_chunks(kept, chunk)
+    hidden, targets, weights = (in_chunks(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+    return _chunks_sum(hidden, w_DW, targets, weights, kept)
+
+
+def in_chunks(x: Array, chunk: int) -> Array:
+    """[B, T, …] in pieces of at most `chunk` places: [⌈T / c⌉, B, c, …], the last one filled up with zeros."""
+    B, T = x.shape[:2]
     chunk = min(chunk, T)
-    pad = -T % chunk
+    if pad := -T % chunk:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
-    def pieces(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
-    kept = None if kept is None else pieces(kept)
-    return _chunks_sum(pieces(hidden_BTD), w_DW, pieces(targets_BT), pieces(weights_BT), kept)
+def from_chunks(x: Array, places: int) -> Array:
+    """The inverse of `in_chunks`, for `places` = T."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :places]
 
 
 def kept_logits(logits: Array, kept: Array | None) -> Array:

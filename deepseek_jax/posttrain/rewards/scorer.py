@@ -8,7 +8,6 @@ item of a call, nothing would be learned but noise, and the call raises.
 from __future__ import annotations
 
 import importlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,9 +119,11 @@ def _sound(outcome: Outcome) -> Outcome:
     """The outcome, or a failure where it is not made of finite numbers."""
     if outcome.reason:
         return Outcome(0.0, outcome.reason)
-    for value in (outcome.score, *outcome.parts.values(), *(score for _, score in outcome.steps)):
-        if not math.isfinite(value):
-            return Outcome(0.0, f"a reward of {value}: rewards must be finite")
+    try:
+        for value in (outcome.score, *outcome.parts.values(), *(score for _, score in outcome.steps)):
+            rules.checked(value)
+    except ValueError as error:
+        return Outcome(0.0, str(error))
     return outcome
 
 
@@ -144,11 +145,8 @@ def _each(function: Callable[[Item], Any], beat: Callable[[], None]) -> Reward:
         beat()
         try:
             result = function(item)
-            score, parts, steps = (
-                (*result, ())
-                if isinstance(result, tuple) and len(result) == 2
-                else (result if isinstance(result, tuple) else (result, {}, ()))
-            )
+            given = result if isinstance(result, tuple) else (result,)
+            score, parts, steps = [*given, *[{}, ()][len(given) - 1 :]]
             return Outcome(
                 float(score),
                 parts={str(part): float(value) for part, value in parts.items()},
