@@ -31,3 +31,17 @@ def goldens(transformers):
     from golden import make_goldens
 
     return make_goldens
+
+
+@pytest.fixture(scope="module")
+def trl(transformers):
+    """TRL, under the same condition."""
+    return pytest.importorskip("trl", minversion="1.16", reason="needs the parity extra: pip install -e '.[parity]'")
+
+
+@pytest.fixture(scope="module")
+def trl_folder(trl, tmp_path_factory):
+    """What TRL's constructors load."""
+    from trl_peer import checkpoint
+
+    return checkpoint(tmp_path_factory.mktemp("trl"))

@@ -1,6 +1,7 @@
 """Small models with weights at which everything matters, and comparisons."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import deepseek_jax as dsj
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.training import MultiStep, RunConfig
 
 
@@ -30,6 +32,13 @@ def random_variables(config: ModelConfig, seed: int = 0, scale: float = 0.15) ->
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def save_model_of_bytes(folder: Path, **fields: Any) -> None:
+    """A random model with bytes for tokens, as a published checkpoint with its tokenizer; `fields` of its configuration."""
+    config = micro("llm-gqa", bos_token_id=0, eos_token_id=1, **fields)
+    dsj.save_hf(folder, dsj.DeepSeek(config), random_variables(config, scale=0.05))
+    byte_tokenizer().save(folder / "tokenizer.json")
 
 
 def random_tokens(config: ModelConfig, shape: tuple[int, int], seed: int = 1) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import micro, random_variables
+from stops import stopped_at
 
 import deepseek_jax as dsj
 from deepseek_jax.chat.data import ChatData, ChatJsonl, PromptResponse
@@ -101,21 +102,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folders, tmp_path, monkeypat
     assert line["kl_0"] != line["kl_1"]
     assert {"reward", "digits", "greedy_truncated"} <= set(whole.metrics[-1]["evaluation"])
     room, name = (Engine, "step") if where == "rollout" else (Rollouts, "_packed")
-    calls, inner = [], getattr(room, name)
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == (6 if where == "rollout" else 3):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(self, *arguments)
-
-    monkeypatch.setattr(room, name, interrupted)
-    with pytest.raises(Stopped) as stopped:
-        distill(config, tmp_path / "cut", progress=False)
-    if stopped.value.thread is not None:
-        stopped.value.thread.join()
-    assert 0 < stopped.value.step < 4
-    monkeypatch.undo()
+    call = 6 if where == "rollout" else 3
+    step = stopped_at(monkeypatch, room, name, call, lambda: distill(config, tmp_path / "cut", progress=False))
+    assert 0 < step < 4
     again = distill(config, tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
     assert [same(line) for line in again.metrics] == [same(line) for line in whole.metrics]

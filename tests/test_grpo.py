@@ -1,15 +1,14 @@
 """Runs of GRPO on a model of bytes: what is logged, resumed, refused; that rewards teach it."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from helpers import micro, random_variables
+from helpers import save_model_of_bytes
+from stops import stopped_at
 
 import deepseek_jax as dsj
 from deepseek_jax.data.tokenizer import byte_tokenizer
@@ -23,7 +22,6 @@ from deepseek_jax.posttrain.prompts import ProblemFile
 from deepseek_jax.posttrain.rewards import Accuracy, Custom, RewardsFailed
 from deepseek_jax.posttrain.session import Session
 from deepseek_jax.posttrain.tasks import RunningSum
-from deepseek_jax.training import Stopped
 from deepseek_jax.training.config import AdamW
 
 TIMES = {
@@ -55,9 +53,7 @@ def broken(problem, completion):
 def base(tmp_path_factory):
     """A published checkpoint of a random model with bytes for tokens."""
     folder = tmp_path_factory.mktemp("base")
-    config = micro("llm-gqa", num_hidden_layers=2, vocab_size=259, bos_token_id=0, eos_token_id=1)
-    dsj.save_hf(folder, dsj.DeepSeek(config), random_variables(config, scale=0.05))
-    byte_tokenizer().save(folder / "tokenizer.json")
+    save_model_of_bytes(folder, num_hidden_layers=2, vocab_size=259)
     return folder
 
 
@@ -144,21 +140,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, tmp_path, monkeypatch,
         "rollout": (Engine, "step", 9), "between": (room._Learner, "_count_barren", 2),
         "evaluation": (room._Learner, "evaluate", 2), "compilation": (Session, "compiled", 1),
     }[where]  # fmt: skip
-    inner, calls = getattr(owner, name), []
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(self, *arguments)
-
-    monkeypatch.setattr(owner, name, interrupted)
-    with pytest.raises(Stopped) as stopped:
-        grpo(config, tmp_path / "cut", progress=False)
-    if stopped.value.thread is not None:
-        stopped.value.thread.join()
-    assert stopped.value.step == {"between": 1, "evaluation": 2, "compilation": 0}.get(where, stopped.value.step) < 4
-    monkeypatch.undo()
+    step = stopped_at(monkeypatch, owner, name, call, lambda: grpo(config, tmp_path / "cut", progress=False))
+    assert step == {"between": 1, "evaluation": 2, "compilation": 0}.get(where, step) < 4
     again = grpo(config, tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
     assert [same(line) for line in again.metrics] == [same(line) for line in whole.metrics]

@@ -2,20 +2,18 @@
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, micro, random_variables
+from helpers import assert_trees_close, micro, random_variables, save_model_of_bytes
+from stops import stopped_at
 from test_preference_data import write
 
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
-from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.posttrain.common import Rate
 from deepseek_jax.posttrain.dpo import DPO, dpo_gradient, dpo_loss, dpo_scores
@@ -24,7 +22,6 @@ from deepseek_jax.posttrain.preference_batches import collate
 from deepseek_jax.posttrain.preference_data import Answer, Example, LabelFile, PairFile
 from deepseek_jax.posttrain.preference_step import init_preference, make_preference_update
 from deepseek_jax.posttrain.reward_model import RewardModel
-from deepseek_jax.training import Stopped
 from deepseek_jax.training.config import AdamW
 
 TIMES = {"step_seconds", "tokens_per_second"}
@@ -144,9 +141,7 @@ def test_padding_and_pieces_change_nothing_and_what_is_not_finite_is_not_applied
 def base(tmp_path_factory):
     """A published checkpoint of a random model with bytes for tokens."""
     folder = tmp_path_factory.mktemp("base")
-    config = micro("llm-gqa", num_hidden_layers=1, vocab_size=260, bos_token_id=0, eos_token_id=1)
-    dsj.save_hf(folder, dsj.DeepSeek(config), random_variables(config, scale=0.05))
-    byte_tokenizer().save(folder / "tokenizer.json")
+    save_model_of_bytes(folder, num_hidden_layers=1, vocab_size=260)
     return folder
 
 
@@ -196,19 +191,9 @@ def test_a_run_learns_and_is_a_run_folder(whole):
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, pairs, whole, tmp_path, monkeypatch):
     config = whole.config
-    inner, calls = _Learner._collated, []
-
-    def interrupted(self, examples):
-        calls.append(1)
-        if len(calls) == 6:  # examples are taken, nothing is given away
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(self, examples)
-
-    monkeypatch.setattr(_Learner, "_collated", interrupted)
-    with pytest.raises(Stopped) as stopped:
-        prefer(config, tmp_path / "cut", progress=False)
-    monkeypatch.undo()
-    assert stopped.value.step == 5
+    # Examples are taken then, and nothing is given away.
+    step = stopped_at(monkeypatch, _Learner, "_collated", 6, lambda: prefer(config, tmp_path / "cut", progress=False))
+    assert step == 5
     again = prefer(config, tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
     assert same(again.metrics) == same(whole.metrics)

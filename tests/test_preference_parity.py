@@ -6,25 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trl_peer import checkpoint, float64, trl_dpo
+from trl_peer import float64, trl_dpo
 
 from deepseek_jax.posttrain.dpo import DPO, dpo_loss
 from deepseek_jax.posttrain.reward_model import RewardModel, reward_loss
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 PAIRS, T = 6, 9
-
-
-@pytest.fixture(scope="module")
-def trl(transformers):
-    """TRL, under the condition of the parity tests."""
-    return pytest.importorskip("trl", minversion="1.16", reason="needs the parity extra: pip install -e '.[parity]'")
-
-
-@pytest.fixture(scope="module")
-def folder(trl, tmp_path_factory):
-    """What TRL's constructors load."""
-    return checkpoint(tmp_path_factory.mktemp("trl"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +29,10 @@ def draw_answers(seed):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
-def test_dpo_is_trls(trl, folder, beta):
+def test_dpo_is_trls(trl, trl_folder, beta):
     """Without label smoothing, which TRL's "sigmoid" leaves aside."""
     logp, reference, mask = draw_answers(0)
-    theirs, slope = trl_dpo(trl, folder, logp, reference, mask, beta=beta)
+    theirs, slope = trl_dpo(trl, trl_folder, logp, reference, mask, beta=beta)
 
     def loss(logp):
         sums = (jnp.where(mask, x, 0).sum(axis=2).T for x in (logp, reference))
@@ -56,15 +44,15 @@ def test_dpo_is_trls(trl, folder, beta):
     assert np.abs(slope).max() > 1e-3
 
 
-def test_a_pairwise_reward_models_loss_is_trls(trl, folder):
+def test_a_pairwise_reward_models_loss_is_trls(trl, trl_folder):
     import torch
     from datasets import Dataset
 
     draw = np.random.default_rng(1)
     scores = draw.normal(size=(PAIRS, 2))
-    config = trl.RewardConfig(output_dir=folder, use_cpu=True, bf16=False, report_to="none")
+    config = trl.RewardConfig(output_dir=trl_folder, use_cpu=True, bf16=False, report_to="none")
     rows = Dataset.from_dict({"prompt": ["w1"], "chosen": ["w2"], "rejected": ["w3"]})
-    trainer = trl.RewardTrainer(folder, args=config, train_dataset=rows)
+    trainer = trl.RewardTrainer(trl_folder, args=config, train_dataset=rows)
     with float64():
         given = torch.tensor(scores.T.reshape(-1, 1), requires_grad=True)  # chosen, then rejected
         inputs = {"input_ids": torch.zeros(2 * PAIRS, 2), "attention_mask": torch.ones(2 * PAIRS, 2)}

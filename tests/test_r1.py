@@ -21,7 +21,7 @@ from deepseek_jax.posttrain.grpo_config import GRPO
 from deepseek_jax.posttrain.objective import PolicyLoss
 from deepseek_jax.posttrain.prefer import Prefer
 from deepseek_jax.posttrain.preference_data import PairFile
-from deepseek_jax.posttrain.prompts import Mix, Part, Problems, Prompter
+from deepseek_jax.posttrain.prompts import Mix, Part, ProblemFile, Problems, Prompter
 from deepseek_jax.posttrain.r1 import R1, Stage, r1
 from deepseek_jax.posttrain.reject import Rejection, reject
 from deepseek_jax.posttrain.reject import _kept as kept_of
@@ -95,7 +95,7 @@ def stages(folders):
     scenarios = Mix(
         parts=(
             Part(name="sums", problems=ChainSum(terms=2, digits=1), weight=2.0),
-            Part(name="talk", problems=_file(folders["general"])),
+            Part(name="talk", problems=ProblemFile(path=folders["general"])),
         )
     )
     judged = (
@@ -132,12 +132,6 @@ def stages(folders):
             ),
         )
     )  # fmt: skip
-
-
-def _file(path):
-    from deepseek_jax.posttrain.prompts import ProblemFile
-
-    return ProblemFile(path=path)
 
 
 def test_the_stages_of_r1_and_a_student(folders, tmp_path, monkeypatch, capsys):

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, micro, random_variables
+from helpers import assert_trees_close, micro, random_variables, save_model_of_bytes
 from test_preference import examples
 from test_preference_data import encoder, load, talk, write
 
 import deepseek_jax as dsj
-from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.posttrain import grpo as room
 from deepseek_jax.posttrain.common import Rate
 from deepseek_jax.posttrain.grpo_config import GRPO
@@ -172,9 +171,7 @@ def test_reports_of_labels_and_numbers():
 def base(tmp_path_factory):
     """A published checkpoint of a random model with bytes for tokens."""
     folder = tmp_path_factory.mktemp("base")
-    config = micro("llm-gqa", num_hidden_layers=1, vocab_size=260, bos_token_id=0, eos_token_id=1)
-    dsj.save_hf(folder, dsj.DeepSeek(config), random_variables(config, scale=0.05))
-    byte_tokenizer().save(folder / "tokenizer.json")
+    save_model_of_bytes(folder, num_hidden_layers=1, vocab_size=260)
     return folder
 
 

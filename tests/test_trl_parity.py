@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trl_peer import checkpoint, trl_dpo, trl_grpo
+from trl_peer import trl_dpo, trl_grpo
 
 from deepseek_jax.posttrain.advantage import group_advantages
 from deepseek_jax.posttrain.objective import PolicyLoss, policy_loss
@@ -18,18 +18,6 @@ from deepseek_jax.posttrain.objective import PolicyLoss, policy_loss
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 GROUPS, G, T = 3, 4, 9
 B = GROUPS * G
-
-
-@pytest.fixture(scope="module")
-def trl(transformers):
-    """TRL, under the condition of the parity tests."""
-    return pytest.importorskip("trl", minversion="1.16", reason="needs the parity extra: pip install -e '.[parity]'")
-
-
-@pytest.fixture(scope="module")
-def folder(trl, tmp_path_factory):
-    """What TRL's constructors load."""
-    return checkpoint(tmp_path_factory.mktemp("trl"))
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +99,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_equal_trls(trl, folder, case):
+def test_loss_and_gradient_equal_trls(trl, trl_folder, case):
     config, fields = CASES[case]
     for seed in range(2):
         r = draw_rollout(seed)
-        *theirs, advantages = trl_grpo(trl, folder, r, **fields)
+        *theirs, advantages = trl_grpo(trl, trl_folder, r, **fields)
         assert_same(ours(config, r, advantages), theirs)
 
 
@@ -132,16 +120,16 @@ def test_every_part_of_a_case_matters(case):
             assert abs(ours(replace(config, **without), r, advantages)[0] - ours(config, r, advantages)[0]) > 1e-6, name
 
 
-def test_dual_clip_below_the_upper_clip_means_another_thing(trl, folder):
+def test_dual_clip_below_the_upper_clip_means_another_thing(trl, trl_folder):
     """δ < 1 + ε_high: TRL bounds the ratio before it takes the minimum, so that δ clips gains and 1 + ε_high losses."""
     r = draw_rollout(2)
-    *theirs, advantages = trl_grpo(trl, folder, r, delta=1.1, epsilon_high=0.4, **PLAIN)
+    *theirs, advantages = trl_grpo(trl, trl_folder, r, delta=1.1, epsilon_high=0.4, **PLAIN)
     assert_same(ours(PolicyLoss(kl=0, clip_high=0.1, dual_clip=1.4), r, advantages), theirs)
     assert abs(ours(PolicyLoss(kl=0, clip_high=0.4, dual_clip=1.1), r, advantages)[0] - theirs[0]) > 1e-4
 
 
 @pytest.mark.parametrize("cap", [None, 1.2])
-def test_the_ratio_of_outputs_is_to_the_power_of_one_by_length_at_trl(trl, folder, cap):
+def test_the_ratio_of_outputs_is_to_the_power_of_one_by_length_at_trl(trl, trl_folder, cap):
     """TRL's sequence level is GSPO's geometric mean; V2, V3 and R1 print the ratio of outputs, as ours is.
 
     So theirs at log ratios d is ours at d / |o|, and they agree on completions of one token.
@@ -154,25 +142,25 @@ def test_the_ratio_of_outputs_is_to_the_power_of_one_by_length_at_trl(trl, folde
         )
     config = PolicyLoss(kl=0, ratio="sequence", clip_high=0.3, importance_cap=cap)
     counts = r.mask.sum(axis=1, keepdims=True)
-    *theirs, advantages = trl_grpo(trl, folder, r, **fields)
+    *theirs, advantages = trl_grpo(trl, trl_folder, r, **fields)
     value, gradient = ours(config, replace(r, logp=r.old + (r.logp - r.old) / counts), advantages)
     assert_same((value, gradient / counts), theirs)
     assert abs(ours(config, r, advantages)[0] - theirs[0]) > 1e-4
 
     one = r.mask & (np.cumsum(r.mask, axis=1) == 1)
     r = replace(r, mask=one, **{name: np.where(one, getattr(r, name), 0) for name in ("logp", "old", "sampler")})
-    *theirs, advantages = trl_grpo(trl, folder, r, **fields)
+    *theirs, advantages = trl_grpo(trl, trl_folder, r, **fields)
     assert_same(ours(config, r, advantages), theirs)
 
 
-def test_the_off_policy_mask_is_measured_from_the_sampler_where_it_reported(trl, folder):
+def test_the_off_policy_mask_is_measured_from_the_sampler_where_it_reported(trl, trl_folder):
     """And from the trainer's old policy otherwise, both as ours: rows that V3.2's mask leaves out have no gradient."""
     r = draw_rollout(26)
     unclipped = dict(epsilon=0.999, epsilon_high=100.0)  # so that nothing else has no gradient
     fields = dict(PLAIN, off_policy_mask_threshold=0.1, vllm_importance_sampling_correction=False, **unclipped)
     counts = r.mask.sum(axis=1)
     for sampler, behaviour in ((False, r.old), (True, r.sampler)):
-        _, gradient, advantages = trl_grpo(trl, folder, r, sampler=sampler, **fields)
+        _, gradient, advantages = trl_grpo(trl, trl_folder, r, sampler=sampler, **fields)
         masked = (advantages < 0) & ((behaviour - r.logp).sum(axis=1) / counts > 0.1)
         np.testing.assert_array_equal((gradient == 0).all(axis=1), masked)
         assert 0 < masked.sum() < B
@@ -181,37 +169,37 @@ def test_the_off_policy_mask_is_measured_from_the_sampler_where_it_reported(trl,
 
 
 @pytest.mark.parametrize("case", ["kl", "dr_grpo", "dapo"])
-def test_rows_without_a_counted_token_are_in_trls_denominator(trl, folder, case):
+def test_rows_without_a_counted_token_are_in_trls_denominator(trl, trl_folder, case):
     """Ours leaves them out, so that padding a batch changes nothing; a mean over tokens (dapo) does not know them."""
     config, fields = CASES[case]
     r = draw_rollout(5)
     r.mask[[1, 6]] = False
     for x in (r.logp, r.old, r.reference, r.sampler):
         x[~r.mask] = 0
-    *theirs, advantages = trl_grpo(trl, folder, r, **fields)
+    *theirs, advantages = trl_grpo(trl, trl_folder, r, **fields)
     assert_same(ours(config, r, advantages), theirs, factor=1 if case == "dapo" else B / (B - 2))
     if case != "dapo":
         assert_same(ours(config, r, advantages, completions=float(B)), theirs)
 
 
 @pytest.mark.parametrize("case", ["kl", "dr_grpo", "dapo"])
-def test_pieces_of_an_update(trl, folder, case):
+def test_pieces_of_an_update(trl, trl_folder, case):
     """Accumulated, TRL's pieces are ours with the update's totals."""
     config, fields = CASES[case]
     r, halves = draw_rollout(6), (slice(0, B // 2), slice(B // 2, B))
     fields = dict(fields, gradient_accumulation_steps=2, per_device_train_batch_size=B // 2, num_iterations=2)
-    *whole, advantages = trl_grpo(trl, folder, r, **CASES[case][1])
-    parts = [trl_grpo(trl, folder, r, rows=rows, **fields) for rows in halves]
+    *whole, advantages = trl_grpo(trl, trl_folder, r, **CASES[case][1])
+    parts = [trl_grpo(trl, trl_folder, r, rows=rows, **fields) for rows in halves]
     assert_same((parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]), whole)
     assert_same(ours(config, r, advantages), whole)
 
 
-def test_several_updates_of_one_rollout_share_a_denominator_at_trl(trl, folder):
+def test_several_updates_of_one_rollout_share_a_denominator_at_trl(trl, trl_folder):
     """dapo with two updates a rollout: TRL divides each by half the rollout's tokens, ours by the update's own."""
     config, fields = CASES["dapo"]
     r, rows = draw_rollout(7), slice(0, B // 2)
     fields = dict(fields, steps_per_generation=2, per_device_train_batch_size=B // 2, num_iterations=1)
-    loss, gradient, advantages = trl_grpo(trl, folder, r, rows=rows, **fields)
+    loss, gradient, advantages = trl_grpo(trl, trl_folder, r, rows=rows, **fields)
     half = Rollout(*(getattr(r, name)[rows] for name in vars(r) if name != "group"))
     theirs, tokens = (loss, gradient[rows]), half.mask.sum()
     assert tokens * 2 != r.mask.sum()
@@ -220,11 +208,11 @@ def test_several_updates_of_one_rollout_share_a_denominator_at_trl(trl, folder):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages(trl, folder, scale):
+def test_advantages(trl, trl_folder, scale):
     """The same without a deviation; TRL's is the sample's (n − 1) and 1e-4, ours the population's and 1e-6."""
     r = draw_rollout(8)
     r.rewards[G : 2 * G] = 0.125  # alike
-    theirs = trl_grpo(trl, folder, r, scale_rewards=scale, **PLAIN)[2]
+    theirs = trl_grpo(trl, trl_folder, r, scale_rewards=scale, **PLAIN)[2]
     mine = np.asarray(group_advantages(jnp.asarray(r.rewards), np.arange(B) // G, GROUPS, scale)[0])
     grouped = r.rewards.reshape(GROUPS, G)
     if scale == "none":
@@ -236,13 +224,13 @@ def test_advantages(trl, folder, scale):
     np.testing.assert_allclose(theirs / mine.clip(1e-9) * (mine > 0), np.sqrt(1 - 1 / n) * (mine > 0), rtol=1e-3)
 
 
-def test_trl_dpo_is_the_papers_loss(trl, folder):
+def test_trl_dpo_is_the_papers_loss(trl, trl_folder):
     """What DPO is to be compared with (tests/trl_peer.py) is eq. 7 of arXiv 2305.18290, and its gradient."""
     draw = np.random.default_rng(9)
     lengths = draw.integers(1, T + 1, (2, 5, 1))
     mask = np.arange(T) < lengths
     logp, reference = (-3 * draw.random((2, 5, T)) for _ in range(2))
-    value, gradient = trl_dpo(trl, folder, logp, reference, mask, beta=0.3)
+    value, gradient = trl_dpo(trl, trl_folder, logp, reference, mask, beta=0.3)
     margin = np.where(mask, logp - reference, 0).sum(axis=2)
     sigmoid = 1 / (1 + np.exp(-0.3 * (margin[0] - margin[1])))
     assert value == pytest.approx(-np.log(sigmoid).mean(), rel=1e-12)
