@@ -22,7 +22,7 @@ from deepseek_jax.data.pipeline import Mixture, batches
 from deepseek_jax.data.progress import Report
 from deepseek_jax.data.reading import Scan, held_out_below
 from deepseek_jax.data.rows import read_rows
-from deepseek_jax.data.tokenizer import BYTES, Tokenizer, byte_tokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import BYTES, Tokenizer, byte_tokenizer, keep_tokenizer, load_tokenizer
 from deepseek_jax.storage import AnyPath, path
 
 _logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def load_chats(
     }
     _hold_out(found, config.held_out_fraction)
     if run_dir is not None:
-        keep_tokenizer(tokenizer, path(run_dir) / "tokenizer.json", config.tokenizer)
+        keep_of_chats(tokenizer, run_dir, config)
 
     def windows(name: str, held_out: bool) -> ChatWindows:
         one, what = found[name], f"{'held-out' if held_out else 'train'} conversations of source {name!r}"
@@ -202,17 +202,10 @@ def load_chats(
     )
 
 
-def keep_tokenizer(tokenizer: Tokenizer, of_run: Any, named: str) -> None:
-    """The tokenizer in the run's folder: written by the first run, the same for all that go on.
-
-    Raises: ValueError where it is another.
-    """
-    if not of_run.exists():
-        tokenizer.save(of_run)
-    elif load_tokenizer(of_run).sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"{of_run} is another tokenizer than tokenizer={named!r} gives now: undo that, or start a new run folder"
-        )
+def keep_of_chats(tokenizer: Tokenizer, run_dir: AnyPath, config: ChatData) -> None:
+    """`keep_tokenizer`, in the words of a `ChatData`."""
+    given = f"tokenizer={config.tokenizer!r} gives now: undo that, or start a new run folder"
+    keep_tokenizer(tokenizer, path(run_dir) / "tokenizer.json", given)
 
 
 def _check_tokens(config: ChatData, template: Template, tokenizer: Tokenizer) -> None:

@@ -14,7 +14,15 @@ from deepseek_jax.data.corpus import Document
 from deepseek_jax.data.pipeline import Mixture, TokenSource, batches
 from deepseek_jax.data.reading import Corpus, Scan, held_out_below
 from deepseek_jax.data.sources import shares_of
-from deepseek_jax.data.tokenizer import BYTES, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe, with_tokens
+from deepseek_jax.data.tokenizer import (
+    BYTES,
+    Tokenizer,
+    byte_tokenizer,
+    keep_tokenizer,
+    load_tokenizer,
+    train_bpe,
+    with_tokens,
+)
 from deepseek_jax.data.tokens import HELD_OUT, TRAIN, TokenFiles, prepare
 from deepseek_jax.serialize import to_dict
 from deepseek_jax.storage import AnyPath, cache_folder, path
@@ -120,7 +128,12 @@ def load(
     if model_vocab_size is not None:
         tokenizer.require_fits(model_vocab_size)
     if run_dir is not None:
-        _keep(tokenizer, path(run_dir) / "tokenizer.json", config)
+        given = f"sources={[to_dict(source) for source in config.sources]}, tokenizer={config.tokenizer!r}"
+        keep_tokenizer(
+            tokenizer, path(run_dir) / "tokenizer.json",
+            f"{given}, vocab_size={config.vocab_size}, fim_rate={config.fim_rate}, extra_tokens={config.extra_tokens} give "
+            f"now: the corpus or the config has changed since this run began; undo that, or start a new run folder",
+        )  # fmt: skip
     files = {
         corpus.name: prepare(
             corpus, tokenizer, cache_dir, content_hash=scan.content_hash, text_bytes=scan.text_bytes,
@@ -212,16 +225,3 @@ def _sample(corpus: Corpus, scan: Scan, below: float, budget: int) -> Iterator[D
         yield document
     if not total and first is not None:
         yield first
-
-
-def _keep(tokenizer: Tokenizer, of_run: Any, config: DataConfig) -> None:
-    """The tokenizer in the run's folder: written by the first run, the same for all that go on."""
-    if not of_run.exists():
-        tokenizer.save(of_run)
-    elif load_tokenizer(of_run).sha256 != tokenizer.sha256:
-        sources = [to_dict(source) for source in config.sources]
-        raise ValueError(
-            f"{of_run} is another tokenizer than sources={sources}, tokenizer={config.tokenizer!r}, "
-            f"vocab_size={config.vocab_size}, fim_rate={config.fim_rate}, extra_tokens={config.extra_tokens} give now: the "
-            f"corpus or the config has changed since this run began; undo that, or start a new run folder"
-        )

@@ -233,6 +233,17 @@ def load_tokenizer(
         raise ValueError(f"tokenizer={str(path)!r}: {error}") from None
 
 
+def keep_tokenizer(tokenizer: Tokenizer, file: Any, otherwise: str) -> None:
+    """The tokenizer in a run's folder: written by the first start, the same for all that go on.
+
+    Raises: ValueError where it is another, `otherwise` saying than what and what to do.
+    """
+    if not file.exists():
+        tokenizer.save(file)
+    elif load_tokenizer(file).sha256 != tokenizer.sha256:
+        raise ValueError(f"{file} is another tokenizer than {otherwise}")
+
+
 def byte_tokenizer(*, fim: bool = False) -> Tokenizer:
     """The tokenizer without merges: special tokens at 0 to 2, byte b at b + 3, and with `fim` FIM_TOKENS at the end."""
     from tokenizers import Tokenizer as Backend

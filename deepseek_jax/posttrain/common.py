@@ -91,3 +91,31 @@ class PostConfig(From):
             self.check(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("eval_every", "hang_timeout_s"):
             self.check(getattr(self, name) >= 0, name, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByEpochs(PostConfig):
+    """A run that reads given data so and so often."""
+
+    batch_size: int
+    """Of an update, over all devices and pieces: windows of conversations (SFT); pairs, or labelled answers (preferences)."""
+    epochs: float | None = None
+    """How often the data is read; the last batch is filled from the epoch after. None: `steps` says."""
+    steps: int | None = None
+    """Batches; None: `epochs` says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(
+            (self.epochs is None) != (self.steps is None), "epochs",
+            f"give epochs or steps (= {self.steps!r}), one of the two",
+        )  # fmt: skip
+        for name in ("batch_size", "epochs", "steps"):
+            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "must be greater than 0")
+
+    def steps_of(self, rows: float) -> int:
+        """Batches of the run, of data with so many rows an epoch."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(math.ceil(self.epochs * rows / self.batch_size), 1)

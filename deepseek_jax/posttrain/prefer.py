@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from deepseek_jax import storage
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.begin import Start, open_start
-from deepseek_jax.posttrain.common import PostConfig
+from deepseek_jax.posttrain.common import ByEpochs
 from deepseek_jax.posttrain.dpo import DPO, dpo_gradient, dpo_scores
 from deepseek_jax.posttrain.preference_batches import Batch, collate, in_batches
 from deepseek_jax.posttrain.preference_data import (
@@ -53,7 +52,7 @@ _FREE = ("steps", "epochs", "eval_examples")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefer(PostConfig):
+class Prefer(ByEpochs):
     """A run that learns from preferences. LLM chat's DPO: `epochs=1, batch_size=512, rate=Rate(peak=5e-6, warmup_steps=…,
     shape="cosine")`; R1's helpful reward model: `learn=RewardModel(reads="summary"), epochs=1, batch_size=256,
     max_tokens=8192, rate=Rate(peak=6e-6)`."""
@@ -61,14 +60,8 @@ class Prefer(PostConfig):
     data: PairFile | LabelFile
     """Pairs, or for a pointwise reward model answers with labels."""
     learn: DPO | RewardModel = field(default_factory=DPO)
-    batch_size: int
-    """Pairs, or labelled answers, of an update."""
     max_tokens: int = 2048
     """Of a conversation with its answer; rows with a longer one are left out, and counted."""
-    epochs: float | None = None
-    """How often the examples are read; the last batch is filled from the epoch after. None: `steps` says."""
-    steps: int | None = None
-    """Updates; None: `epochs` says."""
     pieces: int = 1
     """In how many an update is worked off, one after the other; less memory, the same update."""
     held_out_fraction: float = 0.02
@@ -79,12 +72,8 @@ class Prefer(PostConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(
-            (self.epochs is None) != (self.steps is None), "epochs",
-            f"give epochs or steps (= {self.steps!r}), one of the two",
-        )  # fmt: skip
-        for name in ("batch_size", "epochs", "steps", "pieces", "eval_examples"):
-            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "must be greater than 0")
+        for name in ("pieces", "eval_examples"):
+            self.check(getattr(self, name) > 0, name, "must be greater than 0")
         self.check(self.max_tokens >= 2, "max_tokens", "must be at least 2")
         self.check(self.batch_size % self.pieces == 0, "pieces", f"must divide batch_size = {self.batch_size}")
         self.check(0 <= self.held_out_fraction < 1, "held_out_fraction", "must be in [0, 1), such as 0.02")
@@ -125,10 +114,7 @@ def prefer(config: Prefer, run_dir: storage.AnyPath, *, progress: bool = True) -
         max_tokens=config.max_tokens, held_out_fraction=config.held_out_fraction, one_prompt=isinstance(learn, DPO),
         labels="number" if isinstance(learn, RewardModel) and learn.kind == "regression" else "probability",
     )  # fmt: skip
-    steps = config.steps
-    if steps is None:
-        assert config.epochs is not None
-        steps = max(math.ceil(config.epochs * len(data.train) / config.batch_size), 1)
+    steps = config.steps_of(len(data.train))
     with Session("prefer", config, run_dir, steps=steps, free=_FREE, progress=progress) as session:
         config.check(
             config.batch_size // config.pieces % degree("batch") == 0, "batch_size",

@@ -19,7 +19,7 @@ import jax
 from deepseek_jax import storage
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, keep_tokenizer
 from deepseek_jax.metrics.adapters import check_writers, open_writers
 from deepseek_jax.metrics.manifest import write_manifest
 from deepseek_jax.metrics.progress import Progress
@@ -27,10 +27,10 @@ from deepseek_jax.metrics.writer import JsonlWriter, plain, read_jsonl, with_flo
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
 from deepseek_jax.posttrain.common import PostConfig
 from deepseek_jax.serialize import check_types, to_dict
-from deepseek_jax.training.begin import require_same
-from deepseek_jax.training.guard import all_finite
+from deepseek_jax.training.begin import discard_after, require_same
 from deepseek_jax.training.interrupt import Interrupt, Stopped
-from deepseek_jax.training.trouble import NotFinite, SaveFailed
+from deepseek_jax.training.saves import Saves
+from deepseek_jax.training.trouble import NotFinite
 from deepseek_jax.training.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -103,7 +103,6 @@ class Session:
         self.mesh = make_mesh(config.mesh)
         self.step = 0
         self.resumed_from: int | None = None
-        self.saved: int | None = None
         self._shown, self._free = progress, {*FREE, *free}
         self._line: Line | None = None
         """A metrics line whose evaluation is still to come; saved too."""
@@ -114,16 +113,14 @@ class Session:
 
     def __enter__(self) -> Session:
         with ExitStack() as stack:
-            if jax.process_index() == 0:
-                self._lock: Any = stack.enter_context(storage.RunLock(self.run_dir))
-            else:
-                self._lock = None
+            lock = stack.enter_context(storage.RunLock(self.run_dir)) if jax.process_index() == 0 else None
             self.interrupt = stack.enter_context(Interrupt())
             self.watchdog = stack.enter_context(Watchdog(self.config.hang_timeout_s, self.run_dir))
             manifests = self.config.verify_checkpoints != "off"
             self.store = stack.enter_context(
                 Store(self.run_dir / "checkpoints", keep=self.config.keep_checkpoints, manifests=manifests)
             )
+            self._saves = Saves(self.store, self.watchdog, lock)
             stack.enter_context(use_mesh(self.mesh))
             self._stack = stack.pop_all()
         return self
@@ -154,25 +151,18 @@ class Session:
         """
         pinned = {k: v for k, v in to_dict(self.config).items() if k not in self._free}
         self._pinned = plain({**pinned, **(facts or {}), "tokenizer": tokenizer.sha256, "model": to_dict(model)}, "")
-        kept = self.run_dir / "tokenizer.json"
-        if not kept.exists():
-            tokenizer.save(kept)
-        elif load_tokenizer(kept).sha256 != tokenizer.sha256:
-            raise ValueError(f"{kept} is another tokenizer than the run has now: start a new run folder")
+        keep_tokenizer(tokenizer, self.run_dir / "tokenizer.json", "the run has now: start a new run folder")
         found = self.store.latest_good(self.config.verify_checkpoints, self.say)
         if found is not None:
             require_same(self.store.meta(found)["pinned"], self._pinned)
-        for later in self.store.steps():
-            if found is None or later > found:
-                self.say(f"checkpoint {self.store.directory / str(later)} is deleted, to be written again")
-                self.store.discard(later)
+        discard_after(self.store, found, self.say)
         self._position = position
         if found is None:
             state = make()
             self._line = {"step": 0}
         else:
             state, note = self.store.restore(shapes, position, found)
-            self.step = self.resumed_from = self.saved = found
+            self.step = self.resumed_from = self._saves.saved = found
             self._line = with_floats(note.get("line"))
             done = "done" if found >= self.steps else "continuing"
             self.say(f"{self.run_dir} is at step {found} of {self.steps}: {done}")
@@ -234,13 +224,13 @@ class Session:
             except Stopped as stopped:
                 position.set_state(before)
                 self.save(state)
-                self._finish_save()
+                self._saves.finish(self.step, bar.message, last=True)
                 where = f"at step {self.step} of {self.steps}" + (", which is saved" if self.step else "")
                 raise Stopped(
                     f"{self.interrupt.requested}: stopped {where}; the same command goes on from there",
                     self.step, stopped.thread,
                 ) from None  # fmt: skip
-            self._finish_save()
+            self._saves.finish(self.step, bar.message, last=True)
             if self.interrupt.requested:  # for whoever calls several verbs one after the other
                 raise Stopped(f"{self.interrupt.requested}: came in the last step, which is saved", self.step)
         self.interrupt.deferred = False
@@ -280,35 +270,8 @@ class Session:
 
         Raises: NotFinite, SaveFailed.
         """
-        if self.saved == self.step or self.step == 0:
-            return
-        if self._lock is not None:
-            self._lock.check()
-        if self._log is not None:
-            self._log.flush()
-        self._finish_save()
-        self.watchdog.beat(f"saving step {self.step}")
-        if not bool(all_finite(state)):
-            raise NotFinite(f"the state of step {self.step} holds numbers that are not finite: it is not saved")
         note = {"pinned": self._pinned, "line": None if self._line is None else plain(self._line, "line")}
-        self.saved = self.step
-        try:
-            if not self.store.save(self.step, state, self._position, note):
-                raise OSError(f"a checkpoint of step {self.step} is there already, and not from this run")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._failed(error) from error
-
-    def _finish_save(self) -> None:
-        try:
-            self.store.wait()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> SaveFailed:
-        said = (str(error).strip().splitlines() or ["no message"])[0]
-        return SaveFailed(
-            f"step {self.saved}: saving a checkpoint to {self.store.directory} failed ({type(error).__name__}: {said})"
-        )
+        self._saves.save(self.step, state, self._position, note, self._log, self.say)
 
     def _count_skips(self, line: Line, bar: Progress) -> None:
         if line.get("applied", True):

@@ -6,7 +6,6 @@ mean of the weights are those of `dsj.train`, and its folder opens, converts and
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +15,7 @@ from deepseek_jax.chat.data import ChatData
 from deepseek_jax.chat.dataset import Chats, load_chats
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttrain.begin import open_start, own_template
-from deepseek_jax.posttrain.common import PostConfig, Rate
+from deepseek_jax.posttrain.common import ByEpochs, Rate
 from deepseek_jax.serialize import check_types
 from deepseek_jax.training.config import RunConfig, SpikeSkip
 from deepseek_jax.training.loop import train
@@ -26,19 +25,13 @@ from deepseek_jax.training.schedule import Phase, Phases
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFT(PostConfig):
+class SFT(ByEpochs):
     """A fine-tuning run. V3: 2 epochs, `Rate(peak=5e-6, shape="cosine", final=0.2)`; R1: 2 to 3 epochs,
     `Rate(peak=5e-5, shape="cosine", final=0.1)`, batch_size 128, seq_len 32768."""
 
     data: ChatData
-    batch_size: int
-    """Windows of an optimizer step, over all devices and accumulation steps."""
     seq_len: int
     """Tokens predicted in a window; conversations of more than one token more are too long."""
-    epochs: float | None = None
-    """How often the conversations are read; the last batch is filled from the epoch after. None: `steps` says."""
-    steps: int | None = None
-    """Batches; None: `epochs` says."""
     accumulation: int = 1
     """Pieces in which a batch is worked off, one after the other; the result does not depend on it."""
     mtp: Literal["keep", "drop"] = "keep"
@@ -59,12 +52,8 @@ class SFT(PostConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(
-            (self.epochs is None) != (self.steps is None), "epochs",
-            f"give epochs or steps (= {self.steps!r}), one of the two",
-        )  # fmt: skip
-        for name in ("epochs", "steps", "batch_size", "seq_len", "accumulation", "eval_sequences"):
-            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "must be greater than 0")
+        for name in ("seq_len", "accumulation", "eval_sequences"):
+            self.check(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("mtp_loss_weight", "bias_update_speed"):
             self.check(getattr(self, name) >= 0, name, "must not be negative")
         self.check(self.mtp in ("keep", "drop"), "mtp", "must be 'keep' or 'drop'")
@@ -105,10 +94,7 @@ def prepare(config: SFT, *, progress: bool = True) -> tuple[RunConfig, Chats]:
     tokenizer = str(own) if config.data.tokenizer == "init" else config.data.tokenizer
     chats = replace(config.data, template=template, tokenizer=tokenizer)
     data = load_chats(chats, config.seq_len, None, model_vocab_size=model.vocab_size, progress=progress)
-    steps = config.steps
-    if steps is None:
-        assert config.epochs is not None
-        steps = max(math.ceil(config.epochs * data.epoch_windows / config.batch_size), 1)
+    steps = config.steps_of(data.epoch_windows)
     shared = (
         "seq_len", "batch_size", "accumulation", "optimizer", "mesh", "init_from", "loss_chunk", "seed", "log_every",
         "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints", "verify_checkpoints", "on_save_error",

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax import storage
 from deepseek_jax.chat.data import ChatData
-from deepseek_jax.chat.dataset import Chats, keep_tokenizer, load_chats
+from deepseek_jax.chat.dataset import Chats, keep_of_chats, load_chats
 from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.dataset import Data, load
@@ -43,7 +43,7 @@ def load_data(config: RunConfig, run_dir: Any, *, progress: bool = True, loaded:
     Raises: ValueError as `data.dataset.load` and `chat.dataset.load_chats`.
     """
     if loaded is not None and loaded.config == config.data and loaded.train[0]["tokens"].size == config.seq_len + 1:
-        keep_tokenizer(loaded.tokenizer, run_dir / "tokenizer.json", loaded.config.tokenizer)
+        keep_of_chats(loaded.tokenizer, run_dir, loaded.config)
         return loaded
     options: Any = {"model_vocab_size": config.model.vocab_size, "progress": progress}
     if isinstance(config.data, ChatData):
@@ -76,11 +76,16 @@ def resume(
                 f"of this run are those of neither. A run that may grow names its train_tokens from the start"
             )
         state, meta = store.restore(template, batches, step)
+    discard_after(store, step, say)
+    return None if state is None or step is None else (state, step, meta)
+
+
+def discard_after(store: Store, step: int | None, say: Callable[[str], None]) -> None:
+    """Deletes the checkpoints behind `step` (None: all), which did not verify and are going to be written again."""
     for later in store.steps():
         if step is None or later > step:
             say(f"checkpoint {store.directory / str(later)} is deleted, to be written again")
             store.discard(later)
-    return None if state is None or step is None else (state, step, meta)
 
 
 def fresh(config: RunConfig, mesh: Mesh, run_dir: Any, say: Callable[[str], None]) -> TrainState:

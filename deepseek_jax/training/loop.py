@@ -29,12 +29,12 @@ from deepseek_jax.training.begin import check_pieces, fresh, load_data, pinned_f
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.devices import check_precision, fit_dtype
 from deepseek_jax.training.evaluate import make_evaluation
-from deepseek_jax.training.guard import all_finite
 from deepseek_jax.training.interrupt import Interrupt, Stopped
 from deepseek_jax.training.run import Run, check_prompts, draw, draw_samples
+from deepseek_jax.training.saves import Saves
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step import compile_train_step, host_line, place_batch
-from deepseek_jax.training.trouble import NotFinite, SaveFailed, SkipWatch
+from deepseek_jax.training.trouble import SkipWatch
 from deepseek_jax.training.watchdog import Watchdog
 
 Until = Callable[[TrainState, int], bool]
@@ -126,12 +126,12 @@ def _run_to_end(
             loop.run(bar, until)
         except Stopped as stop:
             loop.save(bar.message)
-            loop.finish_saves(bar.message, last=True)
+            loop.saves.finish(loop.step, bar.message, last=True)
             where = f"at step {loop.step} of {config.last_step}" + (", which is saved" if loop.step else "")
             raise Stopped(
                 f"{interrupt.requested}: stopped {where}; the same command goes on from there", loop.step, stop.thread
             ) from None
-        loop.finish_saves(bar.message, last=True)
+        loop.saves.finish(loop.step, bar.message, last=True)
     return loop
 
 
@@ -143,7 +143,7 @@ class _Loop:
         watchdog: Watchdog, lock: storage.RunLock | None,
     ):  # fmt: skip
         self.config, self.run_dir, self.mesh, self.data = config, run_dir, mesh, data
-        self.store, self.interrupt, self.watchdog, self.lock = store, interrupt, watchdog, lock
+        self.store, self.interrupt, self.watchdog = store, interrupt, watchdog
         self.log: JsonlWriter | None = None
         self.writers: list[Any] = []
         self.batches = data.train_batches(config.piece_size, config.seed)
@@ -152,8 +152,10 @@ class _Loop:
         self.jitted, self.compiled = compile_train_step(config, mesh), {}
         self.step = 0
         self.resumed_from: int | None = None
-        self.saved: int | None = None
-        """The last step that was given to the store."""
+        self.saves = Saves(
+            store, watchdog, lock, going_on=config.on_save_error == "continue",
+            remedy="RunConfig.on_save_error = 'continue' tries again at the next one",
+        )  # fmt: skip
         self.compiling_s = 0.0
         """Seconds that compiling the step took since the last log line: no part of its speed."""
         self.line: dict[str, Any] | None = None
@@ -169,7 +171,7 @@ class _Loop:
             self.state = self._aside(lambda: fresh(self.config, self.mesh, self.run_dir, say))
         else:
             self.state, self.step, note = resumed
-            self.resumed_from = self.saved = self.step
+            self.resumed_from = self.saves.saved = self.step
             self.line = with_floats(note.get("line"))
             done = self.step >= self.config.last_step
             say(
@@ -238,45 +240,9 @@ class _Loop:
 
         Raises: NotFinite, SaveFailed.
         """
-        if self.saved == self.step or self.step == 0:
-            return
-        if self.lock is not None:
-            self.lock.check()
-        if self.log is not None:
-            self.log.flush()  # lines that the checkpoint has passed are not written again
-        self.finish_saves(say)
-        self.watchdog.beat(f"saving step {self.step}")
-        if not bool(all_finite(self.state)):
-            raise NotFinite(f"the state of step {self.step} holds numbers that are not finite: it is not saved")
         line = None if self.line is None else plain(self.line, "line")
         note = {"tokens": self.tokens, "horizon": self.config.horizon, "pinned": self.pinned, "line": line}
-        self.saved = self.step
-        try:
-            if not self.store.save(self.step, self.state, self.batches, note):
-                raise OSError(f"a checkpoint of step {self.step} is there already, and not from this run")
-        except (OSError, ValueError, RuntimeError) as error:
-            self._save_failed(error, say)
-
-    def finish_saves(self, say: Any, *, last: bool = False) -> None:
-        """Returns when the save under way is on disk, or its failure is told; that of the last save is raised always."""
-        self.watchdog.beat(f"finishing the save of step {self.saved}")
-        try:
-            self.store.wait()
-        except (OSError, ValueError, RuntimeError) as error:
-            self._save_failed(error, say, last=last)
-        if last and self.step and self.step not in (on_disk := self.store.steps()):
-            raise SaveFailed(f"step {self.step}, the last, is not in {self.store.directory}, which holds {on_disk}")
-
-    def _save_failed(self, error: Exception, say: Any, *, last: bool = False) -> None:
-        step, self.saved = self.saved, None
-        said = str(error).strip().splitlines() or ["no message"]
-        message = (
-            f"step {step}: saving a checkpoint to {self.store.directory} failed ({type(error).__name__}: {said[0]}); "
-            f"on disk: steps {self.store.steps()}"
-        )
-        if last or self.config.on_save_error == "stop":
-            raise SaveFailed(f"{message}. RunConfig.on_save_error = 'continue' tries again at the next one") from error
-        say(f"{message}; going on")
+        self.saves.save(self.step, self.state, self.batches, note, self.log, say)
 
     def _aside(self, work: Any) -> Any:
         """`work()` under the mesh, in a thread that leaves the main one free to take signals."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deepseek_jax.posttrain.rewards.item import Item, Outcome
+from deepseek_jax.posttrain.rewards.item import InThreads, Item, Outcome
 from deepseek_jax.posttrain.rewards.kinds import Code
 from deepseek_jax.posttrain.rewards.rules import THINK
 from deepseek_jax.posttrain.rewards.sandbox import Limits, Sandbox, SandboxFailed
@@ -60,7 +60,7 @@ def tests_of(extra: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(stdin, expected) for stdin, expected in tests]
 
 
-class CodeReward:
+class CodeReward(InThreads):
     """The reward of `kind` in an open sandbox; a context manager, whose threads each wait for one program."""
 
     def __init__(self, kind: Code, sandbox: Sandbox, workers: int):
@@ -69,12 +69,6 @@ class CodeReward:
 
     def __enter__(self) -> CodeReward:
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def __call__(self, items: Sequence[Item]) -> list[Outcome]:
-        return list(self._threads.map(self._outcome, items))
 
     def _outcome(self, item: Item) -> Outcome:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +36,21 @@ class Outcome:
     """What the score is made of, for the log."""
     steps: tuple[tuple[int, float], ...] = ()
     """Scores of the completion's steps, each with how many characters of the text it ends (`GRPO.advantages = "process"`)."""
+
+
+class InThreads:
+    """A reward whose items wait for something outside, each in a thread; a context manager."""
+
+    _threads: ThreadPoolExecutor
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def __call__(self, items: Sequence[Item]) -> list[Outcome]:
+        return list(self._threads.map(self._outcome, items))
+
+    def _outcome(self, item: Item) -> Outcome:
+        raise NotImplementedError
 
 
 class Reward(Protocol):

@@ -15,11 +15,10 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deepseek_jax.posttrain.rewards.item import Item, Outcome
+from deepseek_jax.posttrain.rewards.item import InThreads, Item, Outcome
 from deepseek_jax.posttrain.rewards.kinds import Judge
 
 _LONGEST_REPLY = 1 << 20  # bytes
@@ -44,7 +43,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class JudgeReward:
+class JudgeReward(InThreads):
     """The reward of `kind`; a context manager, whose threads each wait for one reply.
 
     Raises, on entering: ValueError where the key is missing or refused, or nobody answers at the address.
@@ -74,12 +73,6 @@ class JudgeReward:
             raise ValueError(f"Judge.base_url = {kind.base_url!r}: nobody answers there: {error}") from None
         self._threads = ThreadPoolExecutor(kind.concurrency, "judge")
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def __call__(self, items: Sequence[Item]) -> list[Outcome]:
-        return list(self._threads.map(self._outcome, items))
 
     def _outcome(self, item: Item) -> Outcome:
         low, high = self._kind.scale
