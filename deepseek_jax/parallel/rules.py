@@ -22,17 +22,17 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "latent_out": (),  # a latent that a down-projection writes
     "vocab": ("tensor",),
-    "embed": ("fsdp", "expert"),
-    "latent": ("fsdp", "expert"),  # a latent that an up-projection reads
+    "embed": ("fsdp", "expert", "context", "stage"),
+    "latent": ("fsdp", "expert", "context", "stage"),  # a latent that an up-projection reads
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "expert": ("expert",),
-    "expert_embed": ("fsdp",),
+    "expert_embed": ("fsdp", "context", "stage"),
     "router": (),
     # dims of activations
-    "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "batch": ("slice", "data", "fsdp", "expert"),
+    "length": ("context",),
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
@@ -139,9 +139,9 @@ def shard(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, names, x.shape, "activation"))
 
 
-def degree(name: str) -> int:
-    """In how many parts the ambient mesh splits a dim with this logical axis; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def degree(name: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """In how many parts `mesh`, or the ambient one, splits a dim with this logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
 
 

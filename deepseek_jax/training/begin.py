@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.parallel.rules import degree
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, new_state
 
@@ -28,7 +29,7 @@ _PINNED = (
 
 def check_pieces(config: RunConfig, mesh: Mesh) -> None:
     """A piece must spread over the devices that share a batch."""
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    batch_shards = degree("batch", mesh)
     if config.piece_size % batch_shards:
         raise ValueError(
             f"RunConfig.batch_size = {config.batch_size} in {config.accumulation} accumulation steps cannot be split "

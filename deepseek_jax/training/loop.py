@@ -33,7 +33,7 @@ from deepseek_jax.training.interrupt import Interrupt, Stopped
 from deepseek_jax.training.run import Run, check_prompts, draw, draw_samples
 from deepseek_jax.training.saves import Saves
 from deepseek_jax.training.state import TrainState, abstract_state
-from deepseek_jax.training.step import compile_train_step, host_line, place_batch
+from deepseek_jax.training.step import BATCH_AXES, compile_train_step, host_line, place_batch
 from deepseek_jax.training.trouble import SkipWatch
 from deepseek_jax.training.watchdog import Watchdog
 
@@ -260,7 +260,7 @@ class _Loop:
             batch = {}
             for name, row in self.data.train[0].items():
                 shape = (size, *row.shape)
-                sharding = named_sharding(self.mesh, ("batch", "length"), shape, f"batch {name!r}")
+                sharding = named_sharding(self.mesh, BATCH_AXES, shape, f"batch {name!r}")
                 batch[name] = jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding)
             self.watchdog.beat("compiling the train step")
             start = time.perf_counter()

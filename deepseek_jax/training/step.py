@@ -25,6 +25,8 @@ from deepseek_jax.types import Array
 
 Batch = dict[str, Array]
 Metrics = dict[str, Any]
+BATCH_AXES = ("batch", "none")
+"""Logical axes of a batch's arrays: their T + 1 places are cut into inputs and targets before a sequence is split."""
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -152,8 +154,7 @@ def compile_train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """A host batch of [B, T + 1] arrays, spread over the mesh by sequence."""
-    names = ("batch", "length")
-    return {k: jax.device_put(x, named_sharding(mesh, names, x.shape, f"batch {k!r}")) for k, x in batch.items()}
+    return {k: jax.device_put(x, named_sharding(mesh, BATCH_AXES, x.shape, f"batch {k!r}")) for k, x in batch.items()}
 
 
 def host_line(metrics: dict[str, Any]) -> dict[str, Any]:
