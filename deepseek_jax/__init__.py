@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
+    from deepseek_jax.planner.analysis import Plan
+    from deepseek_jax.planner.ask import plan
     from deepseek_jax.posttrain.distill import distill
     from deepseek_jax.posttrain.distill_config import Distill
     from deepseek_jax.posttrain.grpo import grpo
@@ -57,6 +59,8 @@ _HOME = {
     "list_configs": "models.registry",
     "count_params": "models.counts",
     "Counts": "models.counts",
+    "plan": "planner.ask",
+    "Plan": "planner.analysis",
     "train": "training",
     "certify": "training",
     "sft": "posttrain.sft",
@@ -120,6 +124,7 @@ __all__ = [
     "Llama3Scaling",
     "MoE",
     "ModelConfig",
+    "Plan",
     "Prefer",
     "Rejection",
     "Request",
@@ -141,6 +146,7 @@ __all__ = [
     "load_hf",
     "load_run",
     "open_model",
+    "plan",
     "prefer",
     "r1",
     "reject",

@@ -20,17 +20,18 @@ PACKAGE = ROOT / "deepseek_jax"
 # From the top down. A room may import rooms of the floors below its own.
 FLOORS = (
     {"cli"},
-    {"posttrain", "plan", "evaluate", "serve"},
+    {"posttrain", "planner", "evaluate", "serve"},
     {"training", "infer"},
     {"chat", "data", "checkpoint", "interop", "metrics", "storage"},
     {"models"},
     {"layers"},
     {"parallel", "kernels"},
-    {"config", "types", "platform", "serialize"},  # single files, free to import one another
+    {"config", "types", "platform", "serialize", "hardware"},  # single files, free to import one another
 )
 # Arrows within a floor: importer -> imported.
 ARROWS = {
     ("training", "infer"),  # a run ends with sampled continuations
+    ("planner", "posttrain"),  # the update whose memory it asks the compiler for
     ("chat", "data"),  # the tokenizer
     ("chat", "storage"),
     ("data", "storage"),

@@ -12,6 +12,7 @@ from deepseek_jax.cli.device import choose_platform
 # Verb -> (module with `run(args)`, what it does). `--help` reads this table alone: no verb, and no jax, is imported.
 VERBS = {
     "models": ("deepseek_jax.cli.models", "list the members of the family and their parameter counts"),
+    "plan": ("deepseek_jax.cli.plan", "say what a step needs, takes and costs on a machine, before it is rented"),
     "train": ("deepseek_jax.cli.train", "train from a config file, or continue the run in its folder"),
     "sft": ("deepseek_jax.cli.sft", "fine-tune a model on conversations, or continue the run in its folder"),
     "prefer": ("deepseek_jax.cli.prefer", "learn from preferences: DPO, or a reward model"),

@@ -9,44 +9,22 @@ the scores: their MFU of the same run is higher (`causal=False` gives their coun
 
 from __future__ import annotations
 
+from deepseek_jax import hardware
 from deepseek_jax.config import GQA, MLA, ModelConfig, MoE
-
-# Dense (not sparse) peak of one jax device, FLOP/s, by what its `device_kind` holds; the first that fits counts, so
-# longer names stand first. NVIDIA and Google print these in their data sheets; NVIDIA's with sparsity are halved.
-# TPU: one jax device is a whole chip from v4 to v6e, but one of the chip's two cores for v2, v3 and 7x.
-_PEAKS = (
-    ("GB300", 2500e12), ("B300", 2250e12), ("GB200", 2500e12), ("B200", 2250e12),
-    ("H200 NVL", 835.5e12), ("GH200", 989.5e12), ("H200", 989.5e12),
-    ("H100 PCIe", 756.5e12), ("H100 NVL", 835.5e12), ("H100", 989.5e12), ("H800 PCIe", 756.5e12), ("H800", 989.5e12),
-    ("H20", 148e12), ("A100", 312e12), ("A800", 312e12), ("A30", 165e12), ("L40S", 362e12), ("L40", 181e12),
-    ("L4", 121e12),
-    ("TPU v2", 22.5e12), ("TPU v3", 61.5e12), ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12), ("TPU v6e", 918e12), ("TPU7x", 1153.5e12), ("TPU v7x", 1153.5e12),
-)  # fmt: skip
-_FLOAT16_ONLY = (("V100", 125e12), ("T4", 65e12))
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
-    """The most matrix-product FLOP/s of one device, in that compute dtype.
+    """The most matrix-product FLOP/s of one device, in that compute dtype; from the table in hardware.py.
 
     Args:
         device_kind: `jax.devices()[0].device_kind`, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
         dtype: what is multiplied. Of float32 there is no one peak: jax multiplies it in TF32 or bfloat16 passes.
     Returns: dense FLOP/s, or None where it is not known (a CPU, another dtype).
     """
-    words = device_kind.split()
-    if dtype == "float16":
-        for name, peak in _FLOAT16_ONLY:
-            if any(word.split("-")[0] == name for word in words):
-                return peak
-    if dtype not in ("bfloat16", "float16") or (dtype == "float16" and "TPU" in device_kind):
+    device = hardware.by_kind(device_kind)
+    if device is None or dtype not in ("bfloat16", "float16"):
         return None
-    plain = " ".join(word.split("-")[0] for word in words)  # A100-SXM4-80GB
-    for name, peak in _PEAKS:
-        if f" {name} " in f" {plain} ":
-            return peak
-    return None
+    return device.bf16 if dtype == "bfloat16" else device.fp16
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> dict[str, float]:

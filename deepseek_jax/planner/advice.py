@@ -1,0 +1,103 @@
+"""What to change where a plan does not fit, or leaves much room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from deepseek_jax.config import MoE
+from deepseek_jax.planner.memory import memory_of
+from deepseek_jax.planner.request import PlanRequest, changed
+from deepseek_jax.planner.shapes import check_divides
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to a request."""
+
+    what: str
+    request: PlanRequest
+    peak: int
+    """Bytes of a device with it."""
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= (self.request.device.hbm or 0)
+
+
+def changes(request: PlanRequest) -> list[Change]:
+    """Single changes that lower the peak, and all that cost no chips together; those that fit first, least first."""
+    now = memory_of(request).peak
+    found = [Change(what, other, memory_of(other).peak) for what, other in _tried(request)]
+    return sorted((one for one in found if one.peak < now), key=lambda one: (not one.fits, one.peak))
+
+
+def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    run, model = request.run, request.model
+    together, names = request, []
+    if request.trains:
+        for remat in ("v3", "full"):
+            if model.remat in {"v3": ("none",), "full": ("none", "v3")}[remat]:
+                other = replace(request, run=changed(run, remat=remat))
+                yield f"--remat {remat}", other
+                together, names = other, [f"--remat {remat}"]
+        if run.optimizer.moment_dtype == "float32":
+            yield "--moments bfloat16", replace(request, run=changed(run, moments="bfloat16"))
+            together = replace(together, run=changed(together.run, moments="bfloat16"))
+            names.append("--moments bfloat16")
+    smaller = _fewer_rows(request)
+    if smaller is not None:
+        yield smaller[0], smaller[1]
+        if (less := _fewer_rows(together)) is not None:
+            together = less[1]
+            names.append(less[0])
+    if len(names) > 1:
+        yield " ".join(names), together
+    yield from _more_experts(request)
+    if run.mesh.fsdp != -1:
+        shape = list(request.topology.shape)
+        shape[-1 if request.device.torus else 0] *= 2
+        grown = replace(request.topology, shape=tuple(shape))
+        mesh = replace(run.mesh, fsdp=2 * request.degrees["fsdp"])
+        wider = replace(run, mesh=mesh, batch_size=2 * run.batch_size, batch_ramp=None)
+        other = _maybe(request, topology=grown, run=wider)
+        if other is not None:
+            yield f"twice the chips, --topology {grown.name} with fsdp {mesh.fsdp}", other
+
+
+def _fewer_rows(request: PlanRequest) -> tuple[str, PlanRequest] | None:
+    run, rows = request.run, request.rows
+    if rows == 1:
+        return None
+    if request.trains:
+        factor = next(n for n in range(2, rows + 1) if rows % n == 0)
+        accumulation = run.accumulation * factor
+        return f"--accumulation {accumulation}", replace(
+            request, run=replace(run, accumulation=accumulation, batch_ramp=None)
+        )
+    batch = request.split("batch") * (rows // 2)
+    return f"--batch {batch}", replace(request, run=replace(run, batch_size=batch, batch_ramp=None))
+
+
+def _more_experts(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    """Degrees moved from fsdp to expert: less to gather for each layer."""
+    ffn, degrees = request.model.ffn, request.degrees
+    if not isinstance(ffn, MoE):
+        return
+    expert, fsdp = degrees["expert"], degrees["fsdp"]
+    for times in (2, 4, 8, 16):
+        if fsdp % times or ffn.n_routed_experts % (expert * times):
+            return
+        mesh = replace(request.run.mesh, fsdp=fsdp // times, expert=expert * times)
+        other = _maybe(request, run=replace(request.run, mesh=mesh))
+        if other is not None:
+            yield f"fsdp={fsdp // times},expert={expert * times} in --mesh", other
+
+
+def _maybe(request: PlanRequest, **fields) -> PlanRequest | None:
+    try:
+        other = replace(request, **fields)
+        check_divides(other.model, other.degrees)
+    except ValueError:
+        return None
+    return other

@@ -1,0 +1,224 @@
+"""Bytes of one device, buffer by buffer, and when each exists. Arithmetic alone: no array is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deepseek_jax.config import MoE
+from deepseek_jax.layers.cache import cache_shapes
+from deepseek_jax.planner.activations import ITEM, Tensor, layer_tensors, saved
+from deepseek_jax.planner.request import PlanRequest
+from deepseek_jax.planner.shapes import STACKS, Leaf, leaves, stored, used
+
+PHASES = ("forward", "loss", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Something in a device's memory."""
+
+    name: str
+    part: str
+    """What it is: parameters, optimizer, gradients, activations, …"""
+    bytes: int
+    phases: tuple[str, ...] = PHASES
+    """When it is there."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """All buffers of a device."""
+
+    buffers: tuple[Buffer, ...]
+
+    def during(self, phase: str) -> int:
+        return sum(buffer.bytes for buffer in self.buffers if phase in buffer.phases)
+
+    @property
+    def phase(self) -> str:
+        """When most is needed."""
+        return max(PHASES, key=self.during)
+
+    @property
+    def peak(self) -> int:
+        return self.during(self.phase)
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """Bytes at the peak, by part, most first."""
+        found: dict[str, int] = {}
+        for buffer in self.buffers:
+            if self.phase in buffer.phases and buffer.bytes:
+                found[buffer.part] = found.get(buffer.part, 0) + buffer.bytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def largest(self, count: int = 8) -> list[Buffer]:
+        """The largest buffers at the peak."""
+        return sorted((b for b in self.buffers if self.phase in b.phases), key=lambda b: -b.bytes)[:count]
+
+
+def memory_of(request: PlanRequest) -> Memory:
+    """What a device of the request needs."""
+    if request.trains:
+        return Memory(tuple(_training(request)))
+    return Memory(tuple(_serving(request)))
+
+
+def _by_part(found: Iterable[Leaf], bytes_of) -> dict[str, int]:
+    total: dict[str, float] = {}
+    for leaf in found:
+        total[leaf.part] = total.get(leaf.part, 0) + bytes_of(leaf)
+    return {part: int(count) for part, count in total.items()}
+
+
+def trained(request: PlanRequest) -> tuple[Leaf, ...]:
+    """The leaves of the model: GRPO leaves multi-token modules out."""
+    return tuple(leaf for leaf in leaves(request.model) if request.step == "train" or leaf.stack != "mtp")
+
+
+def _training(request: PlanRequest) -> Iterable[Buffer]:
+    run, degrees = request.run, request.degrees
+    model = run.model
+    param = ITEM[model.param_dtype]
+    wide = max(param, 4)  # gradients and moments are float32, or float64 where parameters are
+    moment = wide if run.optimizer.moment_dtype == "float32" else 2
+    found = trained(request)
+
+    def all_of(itemsize: int) -> dict[str, int]:
+        return _by_part(found, lambda leaf: stored(leaf, degrees) * itemsize)
+
+    for part, size in all_of(param).items():
+        yield Buffer(f"parameters: {part}", "parameters", size)
+    for part, size in all_of(2 * moment).items():
+        yield Buffer(f"moments: {part}", "optimizer", size)
+    if run.ema_decay is not None and request.step == "train":
+        yield Buffer("running mean of the weights", "running mean", sum(all_of(wide).values()))
+    if request.step == "grpo":
+        yield Buffer("reference", "reference", sum(all_of(param).values()))
+    if isinstance(model.ffn, MoE) and model.ffn.topk_method == "noaux_tc":
+        layers = model.num_moe_layers + model.num_nextn_predict_layers
+        yield Buffer("selection bias", "parameters", 4 * layers * model.ffn.n_routed_experts)
+    yield from _gradients(request, all_of(wide))
+    yield from _activations(request)
+    yield from _layer(request, found)
+    yield from _loss(request)
+
+
+def _gradients(request: PlanRequest, parts: dict[str, int]) -> Iterable[Buffer]:
+    several = request.run.accumulation > 1
+    when = PHASES if several else ("backward", "update")
+    for part, size in parts.items():
+        yield Buffer(f"gradients: {part}", "gradients", size, when)
+    if several:
+        yield Buffer("gradients of one piece", "gradients", sum(parts.values()), ("backward",))
+
+
+def _stacks(request: PlanRequest) -> list[tuple[str, int, bool]]:
+    """(name, layers, with experts) of each loop over layers."""
+    model = request.model
+    moe = isinstance(model.ffn, MoE)
+    mtp = model.num_nextn_predict_layers if request.step == "train" else 0
+    counts = zip(STACKS, (model.num_dense_layers, model.num_moe_layers, mtp), (False, True, moe), strict=True)
+    return [(name, layers, has) for name, layers, has in counts if layers]
+
+
+def _activations(request: PlanRequest) -> Iterable[Buffer]:
+    item, tokens = ITEM[request.model.dtype], request.rows * request.length
+    for name, layers, moe in _stacks(request):
+        for tensor in saved(request, layer_tensors(request, moe)):
+            part = "saved expert rows" if tensor.expert else "saved activations"
+            when = ("forward", "loss", "backward")
+            yield Buffer(f"{tensor.name} of {layers} {name}", part, int(layers * tensor.bytes), when)
+    width = request.model.hidden_size
+    yield Buffer("hidden states at the ends", "saved activations", int(3 * tokens * width * item), PHASES[:3])
+
+
+def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
+    """What the largest layer needs while it runs: its gathered weights, their gradients, its intermediates."""
+    degrees, compute = request.degrees, ITEM[request.model.dtype]
+
+    def gathered(stack: str) -> list[int]:
+        return [used(leaf, degrees) * compute for leaf in found if leaf.stack == stack and not leaf.wide]
+
+    stacks = _stacks(request)
+    if request.topology.devices > 1:
+        weights = max((sum(gathered(name)) for name, _, _ in stacks), default=0)
+        yield Buffer("gathered weights of one layer", "weights in use", weights, ("forward", "backward"))
+        one = max((max(gathered(name)) for name, _, _ in stacks), default=0)
+        yield Buffer("gradient of one gathered weight", "weights in use", one, ("backward",))
+    else:
+        one = max((max(gathered(name)) for name, _, _ in stacks), default=0)
+        yield Buffer("weights of one layer in the compute dtype", "weights in use", one, ("forward", "backward"))
+    works = [layer_tensors(request, moe) for _, _, moe in stacks]
+    largest = max(works, key=lambda tensors: sum(t.bytes for t in tensors))
+    again = [t for t in largest if t not in saved(request, largest)]
+    yield from _work("recomputed", again)
+    yield from _work("gradients of", _cotangents(largest))
+
+
+def _cotangents(tensors: list[Tensor]) -> list[Tensor]:
+    """Gradients of intermediates that exist at once: of the attention's or of the feed-forward's, whichever are more."""
+    attention = [
+        t for t in tensors if t.name in ("q_rotated", "k_rotated", "k_written_out", "v_written_out", "v", "attention")
+    ]
+    ffn = [t for t in tensors if t.name in ("expert_in", "expert_gate", "expert_up", "ffn_gate", "ffn_up")]
+    return max((attention, ffn), key=lambda some: sum(t.bytes for t in some))
+
+
+def _work(what: str, tensors: list[Tensor]) -> Iterable[Buffer]:
+    for tensor in tensors:
+        part = "expert rows in use" if tensor.expert else "activations in use"
+        yield Buffer(f"{what} {tensor.name}", part, int(tensor.bytes), ("backward",))
+
+
+def _loss(request: PlanRequest) -> Iterable[Buffer]:
+    model, degrees = request.model, request.degrees
+    chunk = min(request.run.loss_chunk, request.length)
+    words = model.vocab_size / request.split("act_vocab")
+    logits = request.rows * chunk * words * 4
+    yield Buffer("logits of a chunk", "loss", int(logits), ("loss",))
+    yield Buffer("their probabilities and gradients", "loss", int(1.5 * logits), ("loss",))
+    head = next((leaf for leaf in leaves(model) if leaf.part == "head"), None)
+    head = head or next(leaf for leaf in leaves(model) if leaf.part == "embedding")
+    whole = used(head, degrees)
+    yield Buffer("gathered head", "loss", whole * ITEM[model.dtype], ("loss",))
+    yield Buffer("gradient of the head", "loss", whole * 4, ("loss",))
+
+
+def cache_bytes(request: PlanRequest) -> dict[str, int]:
+    """Bytes of one device's caches, by name of the entry."""
+    model = request.model
+    shapes = cache_shapes(model.attention, request.run.batch_size, request.run.seq_len)
+    item = ITEM[model.dtype]
+    return {
+        name: model.num_hidden_layers * item * math.prod(shape) // request.split(*names)
+        for name, (shape, names) in shapes.items()
+    }
+
+
+def _serving(request: PlanRequest) -> Iterable[Buffer]:
+    model, degrees = request.model, request.degrees
+    item = ITEM[model.dtype]
+    found = [leaf for leaf in leaves(model) if leaf.stack != "mtp"]
+    for part, size in _by_part(found, lambda leaf: stored(leaf, degrees) * (4 if leaf.wide else item)).items():
+        yield Buffer(f"weights: {part}", "weights", size)
+    for name, size in cache_bytes(request).items():
+        yield Buffer(f"cache: {name}", "cache", size)
+    if request.topology.devices > 1:
+        one = max(used(leaf, degrees) * item for leaf in found if leaf.stack)
+        yield Buffer("one gathered weight", "weights in use", one)
+    tokens = request.rows * (request.length if request.step == "prefill" else 1)
+    words = model.vocab_size / request.split("act_vocab")
+    yield Buffer("logits", "logits", int(request.rows * words * 4 * 2))
+    if request.step == "prefill":
+        moe = isinstance(model.ffn, MoE)
+        for tensor in layer_tensors(request, moe):
+            part = "expert rows in use" if tensor.expert else "activations in use"
+            yield Buffer(tensor.name, part, int(tensor.bytes))
+    else:
+        N = model.attention.num_attention_heads / request.split("act_heads")
+        scores = request.rows * N * request.length * 4
+        yield Buffer("scores of one layer", "activations in use", int(2 * scores))
+        yield Buffer("hidden state", "activations in use", int(tokens * model.hidden_size * item * 4))

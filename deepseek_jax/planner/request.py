@@ -1,0 +1,148 @@
+"""What is planned: a run, on a machine, and which of its steps."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from deepseek_jax.config import ModelConfig, require
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.hardware import Device
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.rules import RULES
+from deepseek_jax.planner.topology import Topology
+from deepseek_jax.training.config import AdamW, RunConfig
+from deepseek_jax.training.schedule import MultiStep
+
+Step = Literal["train", "grpo", "prefill", "decode"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """A run on a machine. `run.mesh`, `run.batch_size` and `run.seq_len` are those of the step that is planned.
+
+    For `prefill` and `decode` the batch is the sequences that are served at once and `seq_len` the places of each cache;
+    weights are then kept in the compute dtype.
+    """
+
+    run: RunConfig
+    topology: Topology
+    step: Step = "train"
+    schedule: Schedule = "1f1b"
+    """Of the pipeline, where `run.mesh.stage` is more than 1."""
+    tokens: float | None = None
+    """To train on, or to serve; for hours and money."""
+
+    def __post_init__(self) -> None:
+        require(self.step in get_args(Step), "PlanRequest", "step", self.step, f"must be one of {get_args(Step)}")
+        require(
+            self.schedule in get_args(Schedule), "PlanRequest", "schedule", self.schedule,
+            f"must be one of {get_args(Schedule)}",
+        )  # fmt: skip
+        require(self.tokens is None or self.tokens > 0, "PlanRequest", "tokens", self.tokens, "must be greater than 0")
+        slices = self.degrees["slice"]
+        require(
+            self.topology.slices in (1, slices), "PlanRequest", "topology", f"{self.topology.slices} slices",
+            f"the mesh has slice = {slices}; both must be the same",
+        )  # fmt: skip
+        split = self.split("batch")
+        rows = self.run.piece_size
+        if rows % split:
+            near = max(1, round(rows / split)) * split * self.run.accumulation
+            axes = " × ".join(f"{axis} {self.degrees[axis]}" for axis in RULES["batch"] if self.degrees[axis] > 1)
+            raise ValueError(
+                f"batch {self.run.batch_size} in {self.run.accumulation} piece(s): {rows} sequences are not divisible by "
+                f"{axes} = {split}; the nearest batch that works is {near}"
+            )
+        length = self.split("length")
+        if self.run.seq_len % length:
+            near = max(1, round(self.run.seq_len / length)) * length
+            raise ValueError(
+                f"seq {self.run.seq_len} is not divisible by context {length}; the nearest that works is {near}"
+            )
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.run.model
+
+    @property
+    def device(self) -> Device:
+        return self.topology.kind
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Mesh axis -> degree."""
+        return self.run.mesh.resolved(self.topology.devices)
+
+    @property
+    def trains(self) -> bool:
+        return self.step in ("train", "grpo")
+
+    def split(self, *names: str) -> int:
+        """In how many parts the mesh splits dims with these logical axes."""
+        product = 1
+        for name in names:
+            for axis in RULES[name]:
+                product *= self.degrees[axis]
+        return product
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a device that are worked off at once."""
+        return self.run.piece_size // self.split("batch")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence on a device."""
+        return self.run.seq_len // self.split("length")
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "fsdp=64,expert=8" as a `MeshConfig`; axes that are not named are 1, or whatever is left where one is -1.
+
+    Raises:
+        ValueError: an unknown axis (the closest is named), or no whole number.
+    """
+    known = [field.name for field in fields(MeshConfig)]
+    degrees: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            raise ValueError(
+                f"--mesh {text!r}: no axis is named {name!r}; did you mean {close[0] if close else known}?"
+            )
+        if not equals or not value.lstrip("-").isdigit():
+            raise ValueError(f"--mesh {text!r}: {part!r} must be AXIS=NUMBER")
+        if name in degrees:
+            raise ValueError(f"--mesh {text!r}: axis {name!r} is given twice")
+        degrees[name] = int(value)
+    return MeshConfig(**{"data": 1, **degrees})
+
+
+def run_of(model: ModelConfig, **given) -> RunConfig:
+    """A run of `model` for planning alone: its data and its learning rates matter to no plan."""
+    data = DataConfig(tokenizer="unused")
+    return RunConfig(model=model, schedule=MultiStep(peak=1e-4, warmup_steps=2), steps=10, data=data, **given)
+
+
+def changed(
+    run: RunConfig, *, remat: str | None = None, moments: str | None = None, mtp: bool = True, dtype: str | None = None
+) -> RunConfig:
+    """`run` with the settings that a plan is asked about."""
+    model = run.model
+    given = {"remat": remat, "param_dtype": dtype}
+    model = replace(model, **{name: value for name, value in given.items() if value is not None})
+    if not mtp:
+        model = replace(model, num_nextn_predict_layers=0)
+    optimizer: AdamW = run.optimizer
+    if moments is not None:
+        optimizer = replace(optimizer, moment_dtype=moments)
+    return replace(run, model=model, optimizer=optimizer)
+
+
+def described(request: PlanRequest) -> str:
+    """The mesh in words: "fsdp 64 × expert 8"."""
+    return " × ".join(f"{axis} {n}" for axis, n in request.degrees.items() if n > 1) or "one device"

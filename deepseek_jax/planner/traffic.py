@@ -1,0 +1,148 @@
+"""Bytes that a device receives over each kind of link in one step, and the least time they take.
+
+A collective over n devices of S bytes in all brings each device S · (n − 1) / n. A ring on a torus dim uses its two links
+in both directions where the dim closes, one where it does not; a collective over mesh axes that fill d dims of the torus
+has d such rings. An all-to-all is held up by the middle of the longest ring: with k devices on it, k / 8 times the bytes
+of a device over one link, twice that where the dim does not close. GPUs of a host meet in a switch; what leaves a host,
+or a slice, goes over the data-centre network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from deepseek_jax.config import GQA, MoE
+from deepseek_jax.planner.activations import ITEM
+from deepseek_jax.planner.memory import trained
+from deepseek_jax.planner.request import PlanRequest
+from deepseek_jax.planner.shapes import gathered_axes, leaves, stored, used
+
+Link = Literal["ici", "nvlink", "network"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of traffic of a step."""
+
+    name: str
+    axes: tuple[str, ...]
+    bytes: float
+    """Received by one device in one step."""
+    link: Link
+    seconds: float
+    """At the link's speed, nothing else on it."""
+
+
+def link_of(request: PlanRequest, axes: tuple[str, ...], all_to_all: bool = False) -> tuple[Link, float]:
+    """The slowest link that a collective over these mesh axes crosses, and what a device receives over it, bytes/s."""
+    topology, device, degrees = request.topology, request.device, request.degrees
+    names = list(degrees)
+    assert device.network and device.link
+    if "slice" in axes and degrees["slice"] > 1:
+        return "network", device.network
+    if not device.torus:
+        # Axes that stand last are neighbours: a group spans a host's GPUs times whatever lies between its axes.
+        first = min(names.index(axis) for axis in axes)
+        span = math.prod(degrees[name] for name in names[first:])
+        return ("nvlink", device.link) if span <= topology.shape[1] else ("network", device.network)
+    rings = _rings(request, math.prod(degrees[axis] for axis in axes))
+    if not rings:
+        return "ici", 2 * device.link  # two cores of one chip
+    if all_to_all:
+        return "ici", min(device.link * (8 if closed else 4) / size for size, closed in rings)
+    return "ici", sum(device.link * (2 if closed else 1) for _, closed in rings)
+
+
+def _rings(request: PlanRequest, devices: int) -> list[tuple[float, bool]]:
+    """(chips, whether it closes) of the rings that a group of so many devices lies on: as few dims as hold it."""
+    topology, left, found = request.topology, devices / request.device.per_chip, []
+    for dim in sorted(range(len(topology.shape)), key=lambda dim: -topology.shape[dim]):
+        if left <= 1:
+            break
+        size = min(left, topology.shape[dim])
+        found.append((size, size == topology.shape[dim] and topology.wraps(dim)))
+        left /= topology.shape[dim]
+    return found
+
+
+def collectives(request: PlanRequest) -> list[Collective]:
+    """All traffic of one step, most time first."""
+    found = _training(request) if request.trains else _serving(request)
+    return sorted((one for one in found if one.bytes), key=lambda one: -one.seconds)
+
+
+def _one(request: PlanRequest, name: str, axes: Iterable[str], received: float, all_to_all: bool = False) -> Collective:
+    axes = tuple(axis for axis in axes if request.degrees[axis] > 1)
+    if not axes or not received:
+        return Collective(name, axes, 0, "ici", 0.0)
+    link, speed = link_of(request, axes, all_to_all)
+    return Collective(name, axes, received, link, received / speed)
+
+
+def _training(request: PlanRequest) -> Iterable[Collective]:
+    run, degrees, model = request.run, request.degrees, request.model
+    compute, param = ITEM[model.dtype], ITEM[model.param_dtype]
+    pieces = run.accumulation
+    groups: dict[tuple[str, ...], float] = {}
+    for leaf in trained(request):
+        axes = gathered_axes(leaf, degrees)
+        if axes:
+            itemsize = param if leaf.wide else compute
+            groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, degrees) * itemsize
+    for axes, size in groups.items():
+        n = math.prod(degrees[axis] for axis in axes)
+        moved = size * (n - 1) / n
+        # Once in the forward and once in the backward pass; without recomputation the compiler may keep none either.
+        yield _one(request, "weights gathered, forward", axes, pieces * moved)
+        yield _one(request, "weights gathered, backward", axes, pieces * moved)
+        yield _one(request, "gradients reduced and scattered", axes, pieces * moved)
+    kept = sum(stored(leaf, degrees) for leaf in trained(request)) * max(param, 4)
+    for axis in ("slice", "data"):
+        n = degrees[axis]
+        yield _one(request, f"gradients summed over {axis}", (axis,), 2 * kept * (n - 1) / n)
+    yield from _layers(request, passes=3 if run.model.remat != "full" else 4, pieces=pieces)
+
+
+def _layers(request: PlanRequest, passes: int, pieces: int) -> Iterable[Collective]:
+    """Traffic of activations. `passes`: how often a forward pass's worth of expert traffic moves in a step."""
+    model, degrees = request.model, request.degrees
+    item, D = ITEM[model.dtype], model.hidden_size
+    tokens = request.rows * (request.length if request.step != "decode" else 1)
+    layers = model.num_hidden_layers + (model.num_nextn_predict_layers if request.step == "train" else 0)
+    if isinstance(model.ffn, MoE):
+        n = degrees["expert"]
+        moe = model.num_moe_layers + layers - model.num_hidden_layers
+        each = tokens * model.ffn.num_experts_per_tok * D * item * (n - 1) / n
+        # Out and back are two; the backward pass moves both again, and a full recomputation sends once more.
+        times = {1: 2, 3: 4, 4: 5}[passes]
+        yield _one(request, "tokens to experts and back", ("expert",), pieces * moe * each * times, all_to_all=True)
+    n = degrees["context"]
+    c = model.attention
+    width = 2 * c.num_key_value_heads * c.head_dim if isinstance(c, GQA) else c.kv_lora_rank + c.qk_rope_head_dim
+    yield _one(
+        request, "keys and values around the ring", ("context",),
+        pieces * layers * tokens * width * item * (n - 1) * passes,
+    )  # fmt: skip
+    n = degrees["tensor"]
+    yield _one(
+        request, "activations summed over tensor", ("tensor",),
+        pieces * layers * (2 if passes == 1 else 4) * 2 * tokens * D * item * (n - 1) / n,
+    )  # fmt: skip
+    n = degrees["stage"]
+    yield _one(request, "activations to the next stage", ("stage",), pieces * tokens * D * item * (2 if n > 1 else 0))
+
+
+def _serving(request: PlanRequest) -> Iterable[Collective]:
+    model, degrees = request.model, request.degrees
+    groups: dict[tuple[str, ...], float] = {}
+    for leaf in leaves(model):
+        axes = gathered_axes(leaf, degrees)
+        if axes and leaf.stack != "mtp" and leaf.part != "embedding":
+            groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, degrees) * ITEM[model.dtype]
+    for axes, size in groups.items():
+        n = math.prod(degrees[axis] for axis in axes)
+        yield _one(request, "weights gathered", axes, size * (n - 1) / n)
+    yield from _layers(request, passes=1, pieces=1)
