@@ -1,11 +1,17 @@
 """What every layer of a forward pass is told besides its input."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax.numpy as jnp
 from flax import struct
 
-from deepseek_jax.kernels.attention import attention
-from deepseek_jax.parallel.rules import per_shard
+from deepseek_jax.kernels.attention import attention, blocks
+from deepseek_jax.parallel.ring import Ring, ring_attention
+from deepseek_jax.parallel.rules import degree, per_shard, shard
 from deepseek_jax.types import Array
+
+_HEADS = ("batch", "length", "act_heads", "head_dim")
 
 
 @struct.dataclass
@@ -31,18 +37,59 @@ class Context:
 def attend(q_BTNH: Array, k_BTKH: Array, v_BTKV: Array, context: Context, scale: float) -> Array:
     """Causal attention of a layer, each device on its own sequences and heads: [B, T, N, V].
 
-    A single key/value head (absorbed MLA) is shared by all devices that split the query heads.
+    A single key/value head is shared by all devices that split the query heads. Where the mesh splits sequences, keys and
+    values go round.
     """
-    kv_axis = "act_kv_heads" if k_BTKH.shape[2] > 1 else "none"
+    kv_names = ("batch", "length", "act_kv_heads" if k_BTKH.shape[2] > 1 else "none", "head_dim")
+    if degree("length") > 1:
+        ring = _ring(lambda moving, _: (moving[0], moving[1]), scale)
+        names = (_HEADS, (kv_names, kv_names), ())
+        return ring_attention(ring, q_BTNH, (k_BTKH, v_BTKV), (), context.segment_ids, names, v_BTKV.shape[-1])
     ids = None if context.segment_ids is None else ("batch", "length")
 
     def local(q: Array, k: Array, v: Array, q_ids: Array | None, kv_ids: Array | None) -> Array:
         return attention(q, k, v, scale=scale, q_segment_ids=q_ids, kv_segment_ids=kv_ids)
 
-    kv_names = ("batch", "length", kv_axis, "head_dim")
-    q_names = ("batch", "length", "act_heads", "head_dim")
-    mapped = per_shard(local, (q_names, kv_names, kv_names, ids, ids), q_names)
+    mapped = per_shard(local, (_HEADS, kv_names, kv_names, ids, ids), _HEADS)
     return mapped(q_BTNH, k_BTKH, v_BTKV, context.segment_ids, context.segment_ids)
+
+
+def attend_latent(
+    q_BTNH: Array,
+    c_kv_BTC: Array,
+    k_rope_BTR: Array,
+    weights: tuple[Array, ...],
+    expand: Callable[..., tuple[Array, Array]],
+    context: Context,
+    scale: float,
+    value_dim: int,
+) -> Array:
+    """`attend` with keys and values made from a latent: where the mesh splits sequences, latent and rotated key go round.
+
+    Args:
+        q_BTNH: queries.
+        c_kv_BTC: normalised key/value latent.
+        k_rope_BTR: rotated key.
+        weights: [C, N, …] each, what `expand` multiplies the latent by.
+        expand: (c_kv, k_rope, *weights) -> keys [B, T, K, H] and values [B, T, K, V], of all heads or of a device's.
+        context: masks of the forward pass.
+        scale: of the softmax.
+        value_dim: V.
+    """
+    if degree("length") == 1:
+        k, v = expand(c_kv_BTC, k_rope_BTR, *weights)
+        if k.shape[2] > 1:
+            k, v = shard(k, *_HEADS), shard(v, *_HEADS)
+        return attend(q_BTNH, k, v, context, scale)
+    ring = _ring(lambda moving, fixed: expand(*moving, *fixed), scale)
+    names = (_HEADS, (("batch", "length", "none"),) * 2, (("none", "act_heads", "head_dim"),) * len(weights))
+    return ring_attention(ring, q_BTNH, (c_kv_BTC, k_rope_BTR), weights, context.segment_ids, names, value_dim)
+
+
+def _ring(expand: Callable[..., tuple[Array, Array]], scale: float) -> Ring:
+    return Ring(
+        degree("length"), expand, partial(blocks.forward, scale=scale), partial(blocks.backward, scale=scale)
+    )  # fmt: skip
 
 
 def valid_after_shift(valid_BT: Array, segment_ids: Array | None, shift: int) -> Array:

@@ -25,7 +25,9 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BT: Array) -> Array:
         """[B, T] token ids -> [B, T, D] in the compute dtype."""
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+        # The table's parts are put together, in the compute dtype, or else every device would look up all tokens.
+        table_WD = shard(self.embedding.astype(self.dtype), "act_vocab", "act_embed")
+        x_BTD = jnp.take(table_WD, tokens_BT, axis=0)
         return shard(x_BTD, "batch", "length", "act_embed")
 
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MLA, Rope
 from deepseek_jax.layers.cache import LayerCache, cached_attention, written
-from deepseek_jax.layers.context import Context, attend
+from deepseek_jax.layers.context import Context, attend_latent
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
 from deepseek_jax.layers.weights import weight
@@ -42,12 +42,23 @@ def mla_expanded(
         context: masks of the forward pass.
         scale: softmax scale, (P + R)^-0.5 and YaRN's m².
     """
-    k_nope_BTNP = shard(jnp.einsum("btc,cnp->btnp", c_kv_BTC, w_uk_CNP), *_HEADS)
-    v_BTNV = shard(jnp.einsum("btc,cnv->btnv", c_kv_BTC, w_uv_CNV), *_HEADS)
-    k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTNR.shape)
     q = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
-    k = jnp.concatenate([k_nope_BTNP, k_rope_BTNR], axis=-1)
-    return attend(q, k, v_BTNV, context, scale)
+    return attend_latent(
+        q, c_kv_BTC, k_rope_BTR, (w_uk_CNP, w_uv_CNV), _heads, context, scale, w_uv_CNV.shape[-1]
+    )  # fmt: skip
+
+
+def _heads(c_kv_BTC: Array, k_rope_BTR: Array, w_uk_CNP: Array, w_uv_CNV: Array) -> tuple[Array, Array]:
+    """Keys [B, T, N, P + R] and values [B, T, N, V] of the heads that the weights have."""
+    k_nope_BTNP = jnp.einsum("btc,cnp->btnp", c_kv_BTC, w_uk_CNP)
+    k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope_BTNP.shape[:3], k_rope_BTR.shape[-1]))
+    v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, w_uv_CNV)
+    return jnp.concatenate([k_nope_BTNP, k_rope_BTNR], axis=-1), v_BTNV
+
+
+def _latent(c_kv_BTC: Array, k_rope_BTR: Array) -> tuple[Array, Array]:
+    """The one key [B, T, 1, C + R] and value [B, T, 1, C] of the absorbed form."""
+    return jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None], c_kv_BTC[:, :, None]
 
 
 def mla_absorbed(
@@ -70,8 +81,7 @@ def mla_absorbed(
     q_latent_BTNC = shard(jnp.einsum("btnp,cnp->btnc", q_nope_BTNP, w_uk_CNP), *_HEADS)
     q = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
     if latent_B1SL is None:
-        k = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None]
-        out_BTNC = attend(q, k, c_kv_BTC[:, :, None], context, scale)
+        out_BTNC = attend_latent(q, c_kv_BTC, k_rope_BTR, (), _latent, context, scale, c_kv_BTC.shape[-1])
     else:
         assert context.positions is not None
         # The rotated key is weighted along with the latent and cut off: cheaper than values cut out of the cache.

@@ -15,7 +15,8 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import rope_tables
 from deepseek_jax.models.block import Block, stacked
 from deepseek_jax.models.mtp import MTPModule
-from deepseek_jax.parallel.rules import shard, unbox
+from deepseek_jax.parallel.ring import check_length, natural, zigzag
+from deepseek_jax.parallel.rules import degree, shard, unbox
 from deepseek_jax.types import Array, HiddenOutput, ModelOutput, RouterStats
 
 
@@ -82,20 +83,23 @@ class DeepSeek(nn.Module):
 
     def hidden(
         self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False,
-        experts: Array | None = None,
+        experts: Array | None = None, zigzag_out: bool = False,
     ) -> HiddenOutput:  # fmt: skip
-        """Everything before the head; arguments as in `__call__`, and one more.
+        """Everything before the head; arguments as in `__call__`, and two more.
 
         `experts`: integer [B, T, L, X], as the engine records them (`Generation.experts`): each token's experts in each of
         the L MoE layers, in place of the routers' choice; gate weights and their gradients are the present router's. A
         token with a −1 in a layer chooses there itself. Multi-token modules always choose.
+
+        `zigzag_out`: where the mesh splits sequences, leave the states in the order of `parallel.ring.zigzag`, in which they
+        are computed; whoever compares them with targets puts these in order instead.
         """
         c = self.config
         context = self._context(tokens, positions, segment_ids, train)
         if experts is not None:
             experts = self._recorded(experts, tokens)
-        x_BTD = self.embed(tokens)
-        embedded_BTD, router = x_BTD, {}
+        x_BTD = self.embed(_split(tokens))
+        router = {}
         if c.num_dense_layers:
             x_BTD, _ = self.dense_layers(x_BTD, context)
         if c.num_moe_layers:
@@ -105,15 +109,25 @@ class DeepSeek(nn.Module):
         mtp_hidden = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
         if depth:
             shifts = range(1, depth + 1)
-            following = jnp.stack([jnp.roll(embedded_BTD, -k, axis=1) for k in shifts])
-            valid = jnp.stack([valid_after_shift(context.valid, segment_ids, k) for k in shifts])
+            # Ids are shifted, not embeddings: those of the next shard's tokens would have to be sent.
+            following = jnp.stack([self.embed(_split(jnp.roll(tokens, -k, axis=1))) for k in shifts])
+            present = _present(tokens, segment_ids)
+            valid = jnp.stack([_split(valid_after_shift(present, segment_ids, k)) for k in shifts])
             _, (mtp_hidden, stats, _) = self.mtp(hidden_BTD, following, valid, context)
             if stats is not None:
                 router["mtp"] = stats
+        if not zigzag_out:
+            hidden_BTD = natural(hidden_BTD, "batch", "length", "act_embed")
+            mtp_hidden = natural(mtp_hidden, "none", "batch", "length", "act_embed") if depth else mtp_hidden
         return HiddenOutput(hidden=hidden_BTD, mtp_hidden=mtp_hidden, router=router)
 
     def begin(self, tokens: Array, positions: Array, fresh: bool) -> tuple[Array, Context]:
         """What comes before the layers in cached inference (models/cached.py): embedded tokens, and the layers' context."""
+        if degree("length") > 1:
+            raise ValueError(
+                f"MeshConfig.context = {degree('length')}: inference with caches splits no sequence, make it 1 and raise "
+                f"data, fsdp or tensor"
+            )
         context = self._context(tokens, positions, None, False)
         return self.embed(tokens), replace(context, positions=positions, fresh=fresh)
 
@@ -136,7 +150,7 @@ class DeepSeek(nn.Module):
         shape = (*tokens.shape, c.num_moe_layers, c.ffn.num_experts_per_tok)
         if experts.shape != shape or not jnp.issubdtype(experts.dtype, jnp.signedinteger):
             raise ValueError(f"experts must be signed integers {shape}, not {experts.dtype} {experts.shape}")
-        return shard(experts, "batch", "length", "none", "none")
+        return shard(zigzag(experts), "batch", "length", "none", "none")
 
     def _no_depth(self, tokens: Array) -> Array:
         return jnp.zeros((0, *tokens.shape, self.config.vocab_size), jnp.promote_types(self.config.dtype, jnp.float32))
@@ -153,21 +167,31 @@ class DeepSeek(nn.Module):
                 f"sequence of {tokens.shape[1]} tokens is longer than {c.name}'s "
                 f"max_position_embeddings = {c.max_position_embeddings}"
             )
-        tokens = shard(tokens, "batch", "length")
+        check_length(tokens.shape[1], degree("length"), "tokens of a sequence")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         rotated = c.attention.head_dim if isinstance(c.attention, GQA) else c.attention.qk_rope_head_dim
-        cos, sin = rope_tables(c.rope, rotated, positions, c.dtype)
+        cos, sin = rope_tables(c.rope, rotated, _split(positions), c.dtype)
         exempt = None
         if train and isinstance(c.ffn, MoE) and c.ffn.capacity_factor is not None:
             exempt = exempt_sequences(tokens, c.ffn.capacity_exempt_share)
         return Context(
             cos=cos,
             sin=sin,
-            segment_ids=segment_ids,
-            valid=jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0,
+            segment_ids=None if segment_ids is None else _split(segment_ids),
+            valid=_split(_present(tokens, segment_ids)),
             exempt=exempt,
         )
+
+
+def _split(x_BT: Array) -> Array:
+    """[B, T] as the layers see it: each device's sequences, and its part of them."""
+    return shard(zigzag(x_BT), "batch", "length")
+
+
+def _present(tokens: Array, segment_ids: Array | None) -> Array:
+    """Bool [B, T]: what is not padding."""
+    return jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
 
 
 __all__ = ["DeepSeek", "HiddenOutput", "ModelOutput", "RouterStats"]

@@ -140,9 +140,13 @@ def shard(x: jax.Array, *names: str) -> jax.Array:
 
 
 def degree(name: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """In how many parts `mesh`, or the ambient one, splits a dim with this logical axis; 1 without a mesh."""
+    """In how many parts `mesh`, or the ambient one, splits a dim with this logical axis; 1 without a mesh.
+
+    Of the ambient mesh, axes that a shard_map has split already count no more.
+    """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
+    done = getattr(mesh, "manual_axes", ())
+    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[name] if axis not in done)
 
 
 def per_shard(

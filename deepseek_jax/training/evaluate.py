@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.ring import zigzag
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.loss import cross_entropy_sum, make_targets
 from deepseek_jax.training.state import TrainState
@@ -33,9 +35,9 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
         variables = {"params": params, **({"router": router} if router else {})}
         model = DeepSeek(config.model)
         segment_ids = batch["segment_ids"][:, :-1]
-        out = model.apply(variables, batch["tokens"][:, :-1], segment_ids=segment_ids, method="hidden")
+        out = model.apply(variables, batch["tokens"][:, :-1], segment_ids=segment_ids, zigzag_out=True, method="hidden")
         w_DW = model.apply(variables, method="head_kernel")
-        targets = make_targets(batch, 0)
+        targets = jax.tree.map(partial(zigzag, axis=2), make_targets(batch, 0))
         weights = targets.counted[0].astype(jnp.float32)
         return cross_entropy_sum(out.hidden, w_DW, targets.tokens[0], weights, config.loss_chunk), weights.sum()
 

@@ -5,6 +5,7 @@ from the whole batch first: accumulation, packing and sharding cannot change it.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from jax import lax
 from deepseek_jax.layers.context import valid_after_shift
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import shard
+from deepseek_jax.parallel.ring import zigzag
+from deepseek_jax.parallel.rules import degree, shard
 from deepseek_jax.types import Array, RouterStats
 
 
@@ -43,18 +45,27 @@ def cross_entropy_sum(
 
 
 def in_chunks(x: Array, chunk: int) -> Array:
-    """[B, T, …] in pieces of at most `chunk` places: [⌈T / c⌉, B, c, …], the last one filled up with zeros."""
+    """[B, T, …] in pieces of about `chunk` places: [n, B, c, …], the last one filled up with zeros.
+
+    Where the mesh splits sequences, each piece has as many places of every part, so that none is gathered.
+    """
     B, T = x.shape[:2]
-    chunk = min(chunk, T)
-    if pad := -T % chunk:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+    parts = degree("length")
+    part = T // parts
+    chunk = min(max(chunk // parts, 1), part)
+    x = x.reshape(B, parts, part, *x.shape[2:])
+    if pad := -part % chunk:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
+    x = jnp.moveaxis(x.reshape(B, parts, -1, chunk, *x.shape[3:]), 2, 0)
+    return x.reshape(-1, B, parts * chunk, *x.shape[4:])
 
 
 def from_chunks(x: Array, places: int) -> Array:
     """The inverse of `in_chunks`, for `places` = T."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :places]
+    parts = degree("length")
+    n, B = x.shape[:2]
+    x = jnp.moveaxis(x.reshape(n, B, parts, -1, *x.shape[3:]), 0, 2)
+    return x.reshape(B, parts, -1, *x.shape[4:])[:, :, : places // parts].reshape(B, places, *x.shape[4:])
 
 
 def kept_logits(logits: Array, kept: Array | None) -> Array:
@@ -212,10 +223,10 @@ def loss_parts(
     segment_ids = batch.get("segment_ids")
     out = model.apply(
         variables, batch["tokens"][:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1],
-        train=train, method="hidden",
+        train=train, zigzag_out=True, method="hidden",
     )  # fmt: skip
     w_DW = model.apply(variables, method="head_kernel")
-    targets = make_targets(batch, depth)
+    targets = jax.tree.map(partial(zigzag, axis=2), make_targets(batch, depth))
 
     def mean(k: int, hidden: Array) -> Array:
         weights = targets.counted[k].astype(totals.tokens.dtype)

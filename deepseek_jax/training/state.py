@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import sharded_shapes, unbox
+from deepseek_jax.parallel.rules import degree, sharded_shapes, unbox
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.guard import Guard, init_guard
 from deepseek_jax.training.lora import init_adapters
@@ -65,8 +65,8 @@ def _wide_copy(param: Array) -> Array:
 
 
 def _boxed_state(config: RunConfig, key: Array) -> TrainState:
-    # Only the number of sequences matters, which the mesh must divide; the compiler drops the forward pass itself.
-    tokens = jnp.zeros((config.piece_size, 2), jnp.int32)
+    # Only the shape matters, which the mesh must divide; the compiler drops the forward pass itself.
+    tokens = jnp.zeros((config.piece_size, 2 * degree("length")), jnp.int32)
     variables = DeepSeek(config.model).init_boxed(key, tokens)
     return new_state(config, variables["params"], variables.get("router", {}))
 

@@ -42,21 +42,76 @@ def blockwise(
 
     By default 128 on a CPU, where a block then stays in its cache and more of the causal half is skipped, else 512.
     """
+    T, N = q_BTNH.shape[1:3]
+    setting, *arrays = _prepared(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, scale, causal, block_q, block_k)
+    out: Any = _attend(setting, *arrays)
+    return out[:, :T].reshape(*out.shape[:1], T, N, -1)
+
+
+def block_forward(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKV: Array,
+    *,
+    scale: float,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    causal: bool = True,
+) -> tuple[Array, Array]:
+    """See `kernels.attention.blocks.forward`."""
+    B, T, N, _ = q_BTNH.shape
+    setting, q, k, v, segments = _prepared(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, scale, causal)
+    out, lse = _forward(setting, q, k, v, segments, jnp.promote_types(q.dtype, jnp.float32))
+    return out[:, :T].reshape(B, T, N, -1), lse.reshape(B, N, -1)[:, :, :T]
+
+
+def block_backward(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKV: Array,
+    out_BTNV: Array,
+    lse_BNT: Array,
+    d_out_BTNV: Array,
+    *,
+    scale: float,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    causal: bool = True,
+) -> tuple[Array, Array, Array]:
+    """See `kernels.attention.blocks.backward`."""
+    T, S, K = q_BTNH.shape[1], *k_BSKH.shape[1:3]
+    setting, q, k, v, segments = _prepared(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, scale, causal)
+    out, d_out = (_pad(x, q.shape[1] - T).reshape(*q.shape[:4], -1) for x in (out_BTNV, d_out_BTNV))
+    lse = jnp.pad(lse_BNT, ((0, 0), (0, 0), (0, q.shape[1] - T))).reshape(*lse_BNT.shape[:1], K, -1, q.shape[1])
+    dq, dk, dv = _gradients(setting, q, k, v, segments, out, lse, d_out, lse.dtype)
+    return dq[:, :T].reshape(q_BTNH.shape), dk[:, :S], dv[:, :S]
+
+
+def _prepared(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    scale: float,
+    causal: bool,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[_Setting, Array, Array, Array, tuple[Array, Array] | None]:
+    """Lengths filled up to whole blocks, query heads in groups by the key/value head that they share."""
     default = 128 if platform.target() == "cpu" else 512
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
     block_q, block_k = min(block_q or default, T), min(block_k or default, S)
     pad_q, pad_k = -T % block_q, -S % block_k
     # Added keys are marked as padding by segment 0, so a mask by segments is there whenever keys were added.
     if q_segment_ids is None and pad_k and not causal:
         q_segment_ids, kv_segment_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-    q = _pad(q_BTNH, pad_q).reshape(B, T + pad_q, K, N // K, H)
-    k, v = _pad(k_BSKH, pad_k), _pad(v_BSKV, pad_k)
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = (_pad(q_segment_ids, pad_q), _pad(kv_segment_ids, pad_k))
-    out: Any = _attend(_Setting(scale, causal, block_q, block_k), q, k, v, segments)
-    return out[:, :T].reshape(B, T, N, -1)
+    q = _pad(q, pad_q).reshape(B, T + pad_q, K, N // K, H)
+    return _Setting(scale, causal, block_q, block_k), q, _pad(k, pad_k), _pad(v, pad_k), segments
 
 
 def _pad(x: Array, rows: int) -> Array:
@@ -92,9 +147,9 @@ def _key_blocks(setting: _Setting, i: Array, total: int) -> Array | int:
 
 
 def _forward(
-    setting: _Setting, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None
+    setting: _Setting, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None, dtype: Any
 ) -> tuple[Array, Array]:
-    """Output [B, T, K, G, V] and log-sum-exp [B, K, G, T] (0 for a row that sees nothing)."""
+    """Output [B, T, K, G, V] in `dtype` and log-sum-exp [B, K, G, T] (0 and −inf for a row that sees nothing)."""
     B, T, K, G, _ = q.shape
     acc = jnp.promote_types(q.dtype, jnp.float32)
     total = k.shape[1] // setting.block_k
@@ -118,8 +173,8 @@ def _forward(
         highest, sums, out = lax.fori_loop(0, _key_blocks(setting, i, total), key_block, start)
         seen = sums > 0
         out = jnp.where(seen[..., None], out / jnp.where(seen, sums, 1)[..., None], 0)
-        lse = jnp.where(seen, jnp.where(seen, highest, 0) + jnp.log(jnp.where(seen, sums, 1)), 0)
-        return None, (out.astype(v.dtype), lse)
+        lse = jnp.where(seen, jnp.where(seen, highest, 0) + jnp.log(jnp.where(seen, sums, 1)), -jnp.inf)
+        return None, (out.astype(dtype), lse)
 
     if T == setting.block_q:
         _, (out, lse) = query_block(None, jnp.asarray(0))
@@ -132,11 +187,12 @@ def _forward(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(setting: _Setting, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None) -> Array:
-    return _forward(setting, q, k, v, segments)[0]
+    return _forward(setting, q, k, v, segments, v.dtype)[0]
 
 
 def _attend_fwd(setting: _Setting, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None):
-    out, lse = _forward(setting, q, k, v, segments)
+    out, lse = _forward(setting, q, k, v, segments, v.dtype)
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)  # exp(−inf − 0) is 0, as it should be
     # Named, so that a layer that recomputes its projections in the backward pass need not recompute attention.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segments, out, lse)
@@ -144,8 +200,23 @@ def _attend_fwd(setting: _Setting, q: Array, k: Array, v: Array, segments: tuple
 
 def _attend_bwd(setting: _Setting, residuals, d_out: Array):
     q, k, v, segments, out, lse = residuals
-    T = q.shape[1]
-    acc = lse.dtype
+    dq, dk, dv = _gradients(setting, q, k, v, segments, out, lse, d_out, q.dtype)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _gradients(
+    setting: _Setting,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: tuple[Array, Array] | None,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    dq_dtype: Any,
+) -> tuple[Array, Array, Array]:
+    """dq in `dq_dtype`, dk and dv in the dtype of `lse`. Of keys that are a part of those behind `out` and `lse`, too."""
+    T, acc = q.shape[1], lse.dtype
     total = k.shape[1] // setting.block_k
     delta = jnp.einsum("btkgv,btkgv->bkgt", d_out.astype(acc), out.astype(acc))
 
@@ -167,7 +238,7 @@ def _attend_bwd(setting: _Setting, residuals, d_out: Array):
 
         start = (jnp.zeros(q_i.shape, acc), *carry)
         dq_i, dk, dv = lax.fori_loop(0, _key_blocks(setting, i, total), key_block, start)
-        return (dk, dv), dq_i.astype(q.dtype)
+        return (dk, dv), dq_i.astype(dq_dtype)
 
     start = (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc))
     if T == setting.block_q:
@@ -175,7 +246,7 @@ def _attend_bwd(setting: _Setting, residuals, d_out: Array):
     else:
         (dk, dv), blocks = lax.scan(query_block, start, jnp.arange(T // setting.block_q))
         dq = jnp.moveaxis(blocks, 0, 1).reshape(q.shape)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq, dk, dv
 
 
 def _add_rows(x: Array, part: Array, index: Array, size: int) -> Array:
