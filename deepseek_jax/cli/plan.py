@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--tokens", type=float, metavar="N", help="tokens of the whole run, for hours and money")
     add("--prices", metavar="FILE", help="prices a chip hour, JSON like planner/prices.json")
+    add("--compile", action="store_true", help="ask the real TPU compiler too, in a child process: minutes (extra tpu)")
+    add("--keep", metavar="DIR", help="with --compile: keep the compiler's dumps there")
     add("--json", action="store_true", help="print one JSON object")
     add("--picture", metavar="FILE", help="draw memory by part, PNG or SVG")
     return made
@@ -71,6 +73,11 @@ def run(args: Sequence[str]) -> None:
         schedule=flags.schedule, tokens=flags.tokens, slices=flags.slices,
     )  # fmt: skip
     plan = analyse(request, flags.prices)
+    compiled = None
+    if flags.compile:
+        from deepseek_jax.planner.compiled import compile_plan
+
+        compiled = compile_plan(request, keep=flags.keep).to_dict()
     if flags.picture:
-        picture(plan, flags.picture)
-    print(json.dumps(plan.to_dict(), indent=2) if flags.json else text(plan))
+        picture(plan, flags.picture, compiled)
+    print(json.dumps({**plan.to_dict(), **(compiled or {})}, indent=2) if flags.json else text(plan, compiled))

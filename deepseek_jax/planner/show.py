@@ -64,9 +64,13 @@ def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:
     if compiled is not None:
         yield from compiled_lines(plan, compiled)
     if not plan.fits or (compiled is not None and not compiled["fits"]):
-        yield "What to change:"
+        # What arithmetic leaves out, the compiler's answer scales.
+        need: int | None = compiled["compiled_bytes_per_device"] if compiled else None
+        scale = need / plan.memory.peak if need else 1.0
+        yield f"What to change{' (arithmetic, scaled to what the compiler wanted)' if need else ''}:"
         for change in changes(plan.request)[:6]:
-            yield f"    {amount(change.peak):>12}  {'fits' if change.fits else 'does not fit'}: {change.what}"
+            fits = change.peak * scale <= plan.hbm_bytes
+            yield f"    {amount(change.peak * scale):>12}  {'fits' if fits else 'does not fit'}: {change.what}"
 
 
 def compiled_lines(plan: Plan, compiled: dict[str, Any]) -> Iterator[str]:
