@@ -12,10 +12,10 @@ from helpers import micro, run_config
 import deepseek_jax as dsj
 from deepseek_jax import hardware
 from deepseek_jax.cli import main
+from deepseek_jax.parallel.bubbles import bubble, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.planner.ask import make_request
 from deepseek_jax.planner.memory import memory_of
-from deepseek_jax.planner.pipeline import bubble, idle_share
 from deepseek_jax.planner.topology import parse_topology
 from deepseek_jax.training.config import AdamW
 from deepseek_jax.training.state import abstract_state

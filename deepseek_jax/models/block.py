@@ -61,19 +61,27 @@ class Block(nn.Module):
         return x_BTD + checkpoint_name(SwiGLU(width, name="ffn", **kwargs)(normed), "block_ffn"), (None, cache)
 
 
+def remat_policy(config: ModelConfig, *also: str) -> Any:
+    """What the backward pass finds kept, by `config.remat`, and the values named in `also`; None: nothing."""
+    if config.remat == "none":
+        # Slices of stacked weights are cheap to take again.
+        return lambda primitive, *_, **__: primitive.name not in ("dynamic_slice", "squeeze")
+    names = (*(V3_SAVED if config.remat == "v3" else ()), *also)
+    named = jax.checkpoint_policies.save_only_these_names(*names) if names else None
+    if config.remat != "v3":
+        return named
+    # cuDNN's attention keeps its results unnamed: they are known by the primitive that makes them.
+    return jax.checkpoint_policies.save_from_both_policies(
+        named, lambda primitive, *_, **__: primitive.name == cudnn_gpu.PRIMITIVE
+    )
+
+
 def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
     """`module` with the backward pass's recomputation that `config.remat` asks for."""
     if config.remat == "none":
         return module
-    policy = None
-    if config.remat == "v3":
-        # cuDNN's attention keeps its results unnamed: they are known by the primitive that makes them.
-        policy = jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.save_only_these_names(*V3_SAVED),
-            lambda primitive, *_, **__: primitive.name == cudnn_gpu.PRIMITIVE,
-        )
     # A scanned body cannot be merged with its recomputation by the compiler, so the costly barrier is left out.
-    return nn.remat(module, policy=policy, prevent_cse=not config.scan_layers)
+    return nn.remat(module, policy=remat_policy(config), prevent_cse=not config.scan_layers)
 
 
 def stacked(module: type[nn.Module], config: ModelConfig, length: int, in_axes: Any) -> type[nn.Module]:

@@ -15,6 +15,8 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import rope_tables
 from deepseek_jax.models.block import Block, stacked
 from deepseek_jax.models.mtp import MTPModule
+from deepseek_jax.models.pipelined import pipelined_stack
+from deepseek_jax.parallel.pipeline import Pipeline, stages_of_mesh
 from deepseek_jax.parallel.ring import check_length, natural, zigzag
 from deepseek_jax.parallel.rules import degree, shard, unbox
 from deepseek_jax.types import Array, HiddenOutput, ModelOutput, RouterStats
@@ -83,9 +85,9 @@ class DeepSeek(nn.Module):
 
     def hidden(
         self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False,
-        experts: Array | None = None, zigzag_out: bool = False,
+        experts: Array | None = None, zigzag_out: bool = False, pipeline: Pipeline | None = None,
     ) -> HiddenOutput:  # fmt: skip
-        """Everything before the head; arguments as in `__call__`, and two more.
+        """Everything before the head; arguments as in `__call__`, and three more.
 
         `experts`: integer [B, T, L, X], as the engine records them (`Generation.experts`): each token's experts in each of
         the L MoE layers, in place of the routers' choice; gate weights and their gradients are the present router's. A
@@ -93,17 +95,22 @@ class DeepSeek(nn.Module):
 
         `zigzag_out`: where the mesh splits sequences, leave the states in the order of `parallel.ring.zigzag`, in which they
         are computed; whoever compares them with targets puts these in order instead.
+
+        `pipeline`: runs the MoE layers (without any, the dense ones) as a pipeline where the ambient mesh has stages; not
+        with `experts`.
         """
         c = self.config
         context = self._context(tokens, positions, segment_ids, train)
         if experts is not None:
             experts = self._recorded(experts, tokens)
-        x_BTD = self.embed(_split(tokens))
-        router = {}
-        if c.num_dense_layers:
-            x_BTD, _ = self.dense_layers(x_BTD, context)
-        if c.num_moe_layers:
-            x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context, None, experts)
+        x_BTD, router = self.embed(_split(tokens)), {}
+        if pipeline is not None and stages_of_mesh() > 1:
+            x_BTD, router = self._pipelined(pipeline, x_BTD, context, experts)
+        else:
+            if c.num_dense_layers:
+                x_BTD, _ = self.dense_layers(x_BTD, context)
+            if c.num_moe_layers:
+                x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context, None, experts)
         hidden_BTD = self.final_norm(x_BTD)
         depth = c.num_nextn_predict_layers
         mtp_hidden = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
@@ -142,6 +149,20 @@ class DeepSeek(nn.Module):
     def head_kernel(self) -> Array:
         """The head's weight [D, W], for losses that multiply by it in chunks."""
         return self.embed.embedding.T if self.config.tie_word_embeddings else self.head_weight()
+
+    def _pipelined(
+        self, pipeline: Pipeline, x: Array, context: Context, experts: Array | None
+    ) -> tuple[Array, dict[str, RouterStats]]:
+        if experts is not None:
+            raise ValueError(f"{pipeline} with recorded experts is not built: leave the pipeline out")
+        if not self.config.num_moe_layers:
+            x, _ = pipelined_stack(self.config, pipeline, self.dense_layers.variables, x, context, moe=False)
+            return x, {}
+        if self.config.num_dense_layers:
+            x, _ = self.dense_layers(x, context)
+        x, stats = pipelined_stack(self.config, pipeline, self.moe_layers.variables, x, context, moe=True)
+        assert stats is not None
+        return x, {"moe_layers": stats}
 
     def _recorded(self, experts: Array, tokens: Array) -> Array:
         c = self.config

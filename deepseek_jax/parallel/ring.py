@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.parallel.rules import Names, degree, partition_spec
+from deepseek_jax.parallel.rules import Names, degree, mapped_over, partition_spec
 
 AXIS = "context"
 Arrays = tuple[jax.Array, ...]
@@ -65,7 +65,7 @@ def natural(x: jax.Array, *names: str) -> jax.Array:
         return jnp.concatenate([first, second], axis=axis)
 
     spec = partition_spec(mesh, names, x.shape, "split sequence")
-    return jax.shard_map(local, in_specs=(spec,), out_specs=spec, check_vma=False)(x)
+    return mapped_over(local, (spec,), spec)(x)
 
 
 class Ring(NamedTuple):
@@ -113,7 +113,7 @@ def ring_attention(
     def local(q: Arrays, moving: Arrays, fixed: Arrays, ids: Arrays) -> jax.Array:
         return _attend(ring, q[0], moving, fixed, ids)
 
-    return jax.shard_map(local, in_specs=specs, out_specs=out_spec, check_vma=False)(*given)
+    return mapped_over(local, specs, out_spec)(*given)
 
 
 def _next(tree: Any, shards: int) -> Any:

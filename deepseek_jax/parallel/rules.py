@@ -31,7 +31,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_embed": ("fsdp", "context", "stage"),
     "router": (),
     # dims of activations
-    "batch": ("slice", "data", "fsdp", "expert"),
+    "stages": ("stage",),  # of the pipeline; the other dims of such an array do without this axis
+    "batch": ("slice", "stage", "data", "fsdp", "expert"),
     "length": ("context",),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -87,10 +88,12 @@ def partition_spec(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int]
         raise ValueError(f"{what}: {len(names)} logical axes {names} for {len(shape)} dims {tuple(shape)}")
     used: dict[str, str] = {}
     entries: list[tuple[str, ...] | None] = []
+    left = _free_axes(mesh)
     for name, size in zip(names, shape, strict=True):
         if name not in RULES:
             raise ValueError(f"{what}: unknown logical axis {name!r}; known are {sorted(RULES)}")
-        axes = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
+        taken = () if name == "stages" or "stages" not in names else RULES["stages"]
+        axes = tuple(axis for axis in RULES[name] if axis in left and axis not in taken)
         degree = 1
         for axis in axes:
             if axis in used:
@@ -104,6 +107,11 @@ def partition_spec(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int]
             )
         entries.append(axes or None)
     return PartitionSpec(*entries)
+
+
+def _free_axes(mesh: Mesh | AbstractMesh) -> set[str]:
+    """Axes of more than one device over which arrays can still be split: inside a shard_map, not those it maps over."""
+    return {axis for axis, size in mesh.shape.items() if size > 1} - set(getattr(mesh, "manual_axes", ()))
 
 
 def named_sharding(mesh: Mesh, names: Names, shape: Sequence[int], what: str = "array") -> NamedSharding:
@@ -145,8 +153,16 @@ def degree(name: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     Of the ambient mesh, axes that a shard_map has split already count no more.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    done = getattr(mesh, "manual_axes", ())
-    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[name] if axis not in done)
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in set(RULES[name]) & _free_axes(mesh))
+
+
+def mapped_over(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """shard_map over all axes of the ambient mesh that a shard_map around this one (the pipeline's) has not mapped yet."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def per_shard(
@@ -171,7 +187,6 @@ def per_shard(
 
         whole = jax.eval_shape(function, *arrays)
         out_spec = partition_spec(mesh, out_names, whole.shape, "per_shard result")
-        mapped = jax.shard_map(local, in_specs=specs, out_specs=out_spec, check_vma=False)
-        return mapped(*(array for array, _ in given))
+        return mapped_over(local, specs, out_spec)(*(array for array, _ in given))
 
     return run

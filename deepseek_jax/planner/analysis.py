@@ -8,9 +8,9 @@ from typing import Any
 
 from deepseek_jax.config import MLA
 from deepseek_jax.metrics.flops import forward_flops_per_token
+from deepseek_jax.parallel.bubbles import idle_share
 from deepseek_jax.planner.activations import ITEM, layer_tensors, saved
 from deepseek_jax.planner.memory import Memory, memory_of, trained
-from deepseek_jax.planner.pipeline import idle_share
 from deepseek_jax.planner.prices import Price, price_of
 from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.shapes import STACKS, check_divides, leaves, stored, used

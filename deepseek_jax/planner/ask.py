@@ -9,10 +9,11 @@ from typing import Any
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.models.registry import get_config
+from deepseek_jax.parallel.bubbles import Schedule
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.analysis import Plan, analyse
-from deepseek_jax.planner.request import PlanRequest, Schedule, Step, changed, parse_mesh, run_of
+from deepseek_jax.planner.request import PlanRequest, Step, changed, parse_mesh, run_of
 from deepseek_jax.planner.topology import Topology, parse_topology
 from deepseek_jax.training.config import RunConfig
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.hardware import Device
+from deepseek_jax.parallel.bubbles import Schedule
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.topology import Topology
@@ -16,7 +17,6 @@ from deepseek_jax.training.config import AdamW, RunConfig
 from deepseek_jax.training.schedule import MultiStep
 
 Step = Literal["train", "grpo", "prefill", "decode"]
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,11 @@ _PINNED = (
 
 
 def check_pieces(config: RunConfig, mesh: Mesh) -> None:
-    """A piece must spread over the devices that share a batch."""
+    """A piece must spread over the devices that share a batch, and fit its pipeline."""
+    if config.pipeline is not None:
+        stages, model = degree("stages", mesh), config.model
+        config.pipeline.check_layers(stages, model.num_moe_layers or model.num_dense_layers)
+        config.pipeline.check_rows(stages, config.piece_size, degree("batch", mesh) // stages)
     batch_shards = degree("batch", mesh)
     if config.piece_size % batch_shards:
         raise ValueError(

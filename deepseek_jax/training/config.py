@@ -8,6 +8,7 @@ from deepseek_jax.chat.data import ChatData
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.training.lora import LoRA
 from deepseek_jax.training.schedule import BatchRamp, ByTokens, Plan, Schedule, make_plan
 
@@ -70,6 +71,8 @@ class RunConfig:
     """Documents, or conversations to learn answers from (`dsj.sft` makes the run of these)."""
     optimizer: AdamW = field(default_factory=AdamW)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: Pipeline | None = None
+    """How a piece goes through the mesh's stages; None: they only share weights and batch, as `fsdp` does."""
     accumulation: int = 1
     """Pieces in which a full batch is worked off, one after the other; the result does not depend on it."""
     mtp_loss_weight: float | ByTokens = 0.3
@@ -167,6 +170,10 @@ class RunConfig:
 
     def _check_batches(self, check) -> None:
         check(self.batch_size % self.accumulation == 0, "accumulation", f"must divide batch_size = {self.batch_size}")
+        check(
+            self.pipeline is None or self.mesh.stage != 1, "pipeline",
+            "needs stages, and MeshConfig.stage = 1: set it to their number, or leave the pipeline out",
+        )  # fmt: skip
         if (ramp := self.batch_ramp) is not None:
             grown = self.batch_size - ramp.start
             check(

@@ -223,7 +223,7 @@ def loss_parts(
     segment_ids = batch.get("segment_ids")
     out = model.apply(
         variables, batch["tokens"][:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1],
-        train=train, zigzag_out=True, method="hidden",
+        train=train, zigzag_out=True, pipeline=config.pipeline, method="hidden",
     )  # fmt: skip
     w_DW = model.apply(variables, method="head_kernel")
     targets = jax.tree.map(partial(zigzag, axis=2), make_targets(batch, depth))

@@ -3,7 +3,9 @@ arXiv 2401.10241)."""
 
 from __future__ import annotations
 
-from deepseek_jax.planner.request import Schedule
+from typing import Literal
+
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe"]
 
 
 def bubble(
@@ -35,7 +37,7 @@ def bubble(
     return max(0.0, (stages / 2 - 1) * (together + backward - 3 * weights))
 
 
-def idle_share(schedule: Schedule, stages: int, micro_batches: int) -> float:
+def idle_share(schedule: Schedule, stages: int, micro_batches: int, chunks: int = 2) -> float:
     """Share of a step that a stage idles, with B = 2 F and W = F as matrix products have them."""
-    idle = bubble(schedule, stages, 1.0, 2.0, 1.0)
+    idle = bubble(schedule, stages, 1.0, 2.0, 1.0, chunks=chunks)
     return idle / (idle + 3.0 * micro_batches)
