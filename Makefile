@@ -46,6 +46,7 @@ notebooks: ## run every notebook from top to bottom
 studies: ## run the experiments again: an hour; their results are committed
 	$(install) "test,$(EXTRAS)"
 	$(VENV)/bin/python experiments/published_schedules/run.py
+	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/costs/run.py
 	DEEPSEEK_JAX_KILLS=20 $(VENV)/bin/python -m pytest tests/test_checkpoint_damage.py -k killed
 	$(VENV)/bin/python experiments/kill_points/run.py
 	$(VENV)/bin/python experiments/pretraining_small/run.py

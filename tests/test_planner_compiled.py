@@ -21,7 +21,7 @@ needs_libtpu = pytest.mark.skipif(
 PROGRAM = """
 %async.1 (p: bf16[1,16,32]) -> bf16[1,64,32] {
   %p = bf16[1,16,32]{2,1,0} parameter(0)
-  ROOT %all-gather.7 = bf16[1,64,32]{2,1,0:T(8)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4] {'x'}, metadata={op_name="jit(s)/w"}
+  ROOT %all-gather.7 = bf16[1,64,32]{2,1,0:T(8)} all-gather(%p), channel_id=7, replica_groups=[2,4], metadata={op_name="s/w"}
 }
 
 %async.2 (p: bf16[1,16,32]) -> bf16[1,64,32] {
@@ -76,7 +76,7 @@ def test_collectives_of_a_text():
         "reduce-scatter": ("f32[8,4]", 128, 58, 4),
         "all-reduce": ("f32[8,4]", 128, 1, 3),
     }
-    assert found["all-gather"].where == "jit(s)/w"
+    assert found["all-gather"].where == "s/w"
     assert summary(collectives_in(PROGRAM))[0] == dict(
         kind="all-gather bf16", count=1, bytes=4096, dynamic_bytes=58 * 4096
     )

@@ -175,7 +175,7 @@ def _work(what: str, tensors: list[Tensor]) -> Iterable[Buffer]:
 
 def _loss(request: PlanRequest) -> Iterable[Buffer]:
     model, degrees = request.model, request.degrees
-    chunk = min(request.run.loss_chunk, request.length)
+    chunk = min(max(request.run.loss_chunk // request.split("length"), 1), request.length)
     words = model.vocab_size / request.split("act_vocab")
     logits = request.rows * chunk * words * 4
     yield Buffer("logits of a chunk", "loss", int(logits), ("loss",))
