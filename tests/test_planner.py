@@ -12,6 +12,7 @@ from helpers import micro, run_config
 import deepseek_jax as dsj
 from deepseek_jax import hardware
 from deepseek_jax.cli import main
+from deepseek_jax.parallel import presets
 from deepseek_jax.parallel.bubbles import bubble, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.planner.ask import make_request
@@ -215,3 +216,90 @@ def test_function_and_room_do_not_hide_each_other():
 
     assert dsj.plan is deepseek_jax.planner.ask.plan
     assert str(dsj.plan("deepseek-v3-micro", "h100:8", "fsdp=2,expert=4")).startswith("deepseek-v3-micro, train step")
+
+
+def test_a_pipeline_waits_and_holds_its_layers():
+    given = dict(remat="full", moments="bfloat16", batch=512)
+    flat = dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", **given)
+    piped = dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", microbatches=8, **given)
+    assert flat.times.idle == 0
+    assert piped.times.idle == pytest.approx(piped.times.compute * 7 / 8)
+    names = {b.name for b in piped.memory.buffers} - {b.name for b in flat.memory.buffers}
+    assert names == {"layers of a stage", "gradients of the layers of a stage"}
+    dual = dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", microbatches=8, schedule="dualpipe", **given)
+    assert dual.times.idle < piped.times.idle
+    with pytest.raises(ValueError, match="microbatches = 3: must be a multiple of MeshConfig.stage = 8"):
+        dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", microbatches=3, **given)
+
+
+def test_serving():
+    """V3's cache is 576 · 61 numbers a token; decoding reads every weight and cache once; few tokens read few experts."""
+    plan = dsj.plan("deepseek-v3", "v5p:4x4x4", "expert=64", step="decode", seq=8192, batch=256)
+    cache = sum(b.bytes for b in plan.memory.buffers if b.part == "cache")
+    assert cache == 2 * 576 * 61 * 8192 * 256 / 64
+    weights = sum(b.bytes for b in plan.memory.buffers if b.part == "weights")
+    main_model = dsj.count_params(dsj.get_config("deepseek-v3")).main
+    assert weights * 64 == pytest.approx(2 * main_model, rel=0.02), "bfloat16, norms and router aside"
+    assert plan.times.limit in ("hbm", "links") and plan.flops.backward == 0
+    one = dsj.plan("deepseek-llm-7b", "h100:1", step="decode", seq=4096, batch=1)
+    read = 2 * (
+        dsj.count_params(dsj.get_config("deepseek-llm-7b")).total
+        + one.request.model.num_hidden_layers * 2 * 4096 * 4096
+    )
+    assert one.times.hbm * 3350e9 == pytest.approx(read, rel=0.01)
+    most = one.sequences_that_fit
+    assert most is not None and dsj.plan("deepseek-llm-7b", "h100:1", step="decode", seq=4096, batch=most - 1).fits
+    assert not dsj.plan("deepseek-llm-7b", "h100:1", step="decode", seq=4096, batch=most + 4).fits
+    few, many = (
+        dsj.plan("deepseek-v3", "h200:16x8", "expert=128", step="decode", batch=b).times.hbm for b in (128, 1280)
+    )
+    assert few < many
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_fit_their_machine_and_the_family(name):
+    chosen = presets.preset(name)
+    topology = parse_topology(chosen.topology, chosen.slices)
+    assert math.prod(chosen.mesh.resolved(topology.devices).values()) == topology.devices
+    count = int(name.split("-")[-1])
+    if topology.kind.torus:
+        assert topology.cloud_name == name.split("x", 1)[-1] if chosen.slices > 1 else topology.cloud_name == name
+    else:
+        assert topology.devices == count
+    for model in ("deepseek-v3", "deepseek-v2-lite", "deepseek-moe-16b", "deepseek-llm-7b", "deepseek-llm-67b"):
+        dsj.plan(model, topology, chosen.mesh, remat="full")  # every dim is divided
+    assert presets.mesh_preset(name) is chosen.mesh and chosen.why
+
+
+def test_presets_that_are_meant_for_a_model_fit_it():
+    for name, model in (("v5e-64", "deepseek-v2-lite"), ("v6e-64", "deepseek-v2-lite"), ("v5p-512", "deepseek-v3")):
+        chosen = presets.preset(name)
+        assert dsj.plan(model, chosen.topology, chosen.mesh, remat="full", moments="bfloat16").fits
+
+
+def test_presets_from_the_command_line(capsys):
+    assert main.main(["plan", "--presets"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in presets.PRESETS)
+    assert main.main(["plan", "deepseek-v2-lite", "--preset", "v5p-128", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mesh"]["expert"] == 4
+    assert main.main(["plan", "deepseek-v2-lite", "--preset", "v5p-12"]) == 2
+    assert "or v5p-128" in capsys.readouterr().err
+
+
+def test_search_finds_what_fits(capsys):
+    from deepseek_jax.planner.search import MARGIN, search
+
+    request = make_request("deepseek-v2-lite", "v5e:4x8", moments="bfloat16")
+    found = search([request])
+    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    assert all(one.plan.memory.peak <= MARGIN * one.plan.hbm_bytes for one in found)
+    fixed = search([request], batch=256)
+    assert {one.plan.request.run.batch_size for one in fixed} == {256}
+    with pytest.raises(ValueError, match=r"nothing fits: the nearest is .* take more or larger chips"):
+        search([make_request("deepseek-v2", "v5e:4x4", moments="bfloat16")])
+    words = "deepseek-v2-lite --topology v5e:4x8,v5p:2x2x1 --moments bfloat16 --search"
+    assert main.main(["plan", *words.split()]) == 0
+    out = capsys.readouterr().out
+    assert "USD a million tokens" in out and "v5e:4x8" in out
+    assert main.main(["plan", *["deepseek-v2-lite", "--topology", "v5e:4x4,v5p:2x2x1"]]) == 2

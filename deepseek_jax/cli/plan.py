@@ -5,8 +5,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 _STEPS = ("train", "grpo", "prefill", "decode")
+_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe")
 _DESCRIPTION = """\
 Say whether a step fits a machine, how fast it can be and what it costs, without the machine. By arithmetic in
 milliseconds; with --compile by the real TPU compiler (extra tpu), which takes minutes."""
@@ -18,10 +21,13 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add(
         "what",
+        nargs="?",
         metavar="MODEL|CONFIG.py",
         help="a member's name (`deepseek-jax models`), or a config file with get_config()",
     )
     add("--topology", metavar="T", help="v5p:8x8x8 (chips by torus), v5p-1024 (the cloud's name), h100:8, h100:16x8")
+    add("--preset", metavar="NAME", help="a machine and a mesh for it; --presets lists them")
+    add("--presets", action="store_true", help="list the presets with their reasons")
     add("--slices", type=int, metavar="N", help="slices of that topology (default: the mesh's slice axis)")
     add("--mesh", metavar="M", help="fsdp=64,expert=8; axes not named are 1, one may be -1 (default: all along fsdp)")
     add("--step", choices=_STEPS, default="train", help="which step (default: %(default)s)")
@@ -37,14 +43,16 @@ def parser() -> argparse.ArgumentParser:
     add("--moments", choices=("float32", "bfloat16"), help="dtype of the optimizer's moments")
     add("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the stored parameters")
     add("--no-mtp", action="store_true", help="without multi-token modules")
-    add(
-        "--schedule",
-        choices=("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe"),
-        default="1f1b",
-        help="of the pipeline",
-    )
+    add("--microbatches", type=int, metavar="M", help="of a pipeline over the mesh's stages")
+    add("--chunks", type=int, default=1, metavar="V", help="runs of layers a stage has in it (default: %(default)s)")
+    add("--schedule", choices=_SCHEDULES, help="count the idle time of this one (default: of the one that is built)")
     add("--tokens", type=float, metavar="N", help="tokens of the whole run, for hours and money")
     add("--prices", metavar="FILE", help="prices a chip hour, JSON like planner/prices.json")
+    add(
+        "--search",
+        action="store_true",
+        help="find the cheapest mesh, recomputation and rows; T may name several, by commas",
+    )
     add("--compile", action="store_true", help="ask the real TPU compiler too, in a child process: minutes (extra tpu)")
     add("--keep", metavar="DIR", help="with --compile: keep the compiler's dumps there")
     add("--json", action="store_true", help="print one JSON object")
@@ -55,23 +63,21 @@ def parser() -> argparse.ArgumentParser:
 def run(args: Sequence[str]) -> None:
     """Print the plan."""
     flags = parser().parse_args(args)
-    if flags.topology is None:
-        raise ValueError("--topology is missing: say the machine, such as v5p:8x8x8, v5e-64 or h100:8")
+    if flags.presets:
+        _list_presets()
+        return
+    if flags.what is None:
+        raise ValueError("say what to plan: a member's name (`deepseek-jax models` lists them), or a config file")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: no accelerator needs to start
 
-    from pathlib import Path
-
-    from deepseek_jax.cli.train import load_config
     from deepseek_jax.planner.analysis import analyse
-    from deepseek_jax.planner.ask import make_request
     from deepseek_jax.planner.show import picture, text
 
-    what = load_config(Path(flags.what)) if flags.what.endswith(".py") else flags.what
-    request = make_request(
-        what, flags.topology, flags.mesh, seq=flags.seq, batch=flags.batch, accumulation=flags.accumulation,
-        step=flags.step, remat=flags.remat, moments=flags.moments, param_dtype=flags.param_dtype, mtp=not flags.no_mtp,
-        schedule=flags.schedule, tokens=flags.tokens, slices=flags.slices,
-    )  # fmt: skip
+    requests = _requests(flags)
+    if flags.search:
+        _search(flags, requests)
+        return
+    [request] = requests
     plan = analyse(request, flags.prices)
     compiled = None
     if flags.compile:
@@ -81,3 +87,53 @@ def run(args: Sequence[str]) -> None:
     if flags.picture:
         picture(plan, flags.picture, compiled)
     print(json.dumps({**plan.to_dict(), **(compiled or {})}, indent=2) if flags.json else text(plan, compiled))
+
+
+def _requests(flags: argparse.Namespace) -> list[Any]:
+    """One request a machine."""
+    from deepseek_jax.cli.train import load_config
+    from deepseek_jax.parallel.presets import preset
+    from deepseek_jax.planner.ask import make_request
+
+    topologies, mesh, slices = flags.topology, flags.mesh, flags.slices
+    if flags.preset:
+        chosen = preset(flags.preset)
+        topologies, mesh = topologies or chosen.topology, mesh or chosen.mesh
+        slices = chosen.slices if slices is None and not flags.topology else slices
+    if topologies is None:
+        raise ValueError(
+            "--topology is missing: say the machine, such as v5p:8x8x8, v5e-64 or h100:8, or take a --preset"
+        )
+    names = topologies.split(",")
+    if len(names) > 1 and not flags.search:
+        raise ValueError(f"--topology {topologies}: several machines are for --search alone")
+    what = load_config(Path(flags.what)) if flags.what.endswith(".py") else flags.what
+    given = {
+        name: getattr(flags, name)
+        for name in ("seq", "batch", "accumulation", "step", "remat", "moments", "param_dtype", "schedule", "tokens",
+                     "microbatches", "chunks")
+    }  # fmt: skip
+    if flags.search:
+        given["batch"] = None  # which divides on one mesh and not on the next
+    return [make_request(what, name, mesh, mtp=not flags.no_mtp, slices=slices, **given) for name in names]
+
+
+def _search(flags: argparse.Namespace, requests: list[Any]) -> None:
+    from deepseek_jax.planner.search import confirm, search
+    from deepseek_jax.planner.show import search_lines
+
+    found = search(requests, flags.prices, batch=flags.batch)
+    tried = confirm(found) if flags.compile else []
+    if flags.json:
+        out = [one.plan.to_dict() | (one.compiled.to_dict() if one.compiled else {}) for one in tried or found]
+        print(json.dumps({"found": out}, indent=2))
+        return
+    print("\n".join(search_lines(found, tried)))
+
+
+def _list_presets() -> None:
+    from deepseek_jax.parallel.presets import PRESETS
+
+    for name, one in PRESETS.items():
+        mesh = ",".join(f"{axis}={n}" for axis, n in vars(one.mesh).items() if n != 1) or "data=1"
+        print(f"{name:<12}{one.topology:<12}{mesh:<28}{one.why}")

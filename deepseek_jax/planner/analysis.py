@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.config import MLA
+from deepseek_jax.config import MLA, MoE
 from deepseek_jax.metrics.flops import forward_flops_per_token
-from deepseek_jax.parallel.bubbles import idle_share
 from deepseek_jax.planner.activations import ITEM, layer_tensors, saved
 from deepseek_jax.planner.memory import Memory, memory_of, trained
 from deepseek_jax.planner.prices import Price, price_of
@@ -97,6 +96,15 @@ class Plan:
         return self.tokens_per_step / self.times.bound
 
     @property
+    def sequences_that_fit(self) -> int | None:
+        """Serving: caches of this length for which there is room on all devices, weights and work taken off."""
+        if self.request.trains:
+            return None
+        cache = sum(b.bytes for b in self.memory.buffers if b.part == "cache")
+        each = cache * self.request.topology.devices / self.request.run.batch_size
+        return int((self.hbm_bytes - self.memory.peak + cache) * self.request.topology.devices / each)
+
+    @property
     def mfu(self) -> float:
         """Of the bound: the most that it can be."""
         peak = self.request.device.bf16 or 1.0
@@ -152,6 +160,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_second_no_overlap": self.tokens_per_step / times.no_overlap,
             "mfu_bound": self.mfu,
+            "sequences_that_fit": self.sequences_that_fit,
             "price": None if self.price is None else vars(self.price),
             "tokens": tokens,
             "chip_hours": None if tokens is None else self.chip_hours(tokens),
@@ -224,8 +233,7 @@ def _times(request: PlanRequest, flops: Flops, traffic: tuple[Collective, ...]) 
     by_link: dict[str, float] = {}
     for one in traffic:
         by_link[one.link] = by_link.get(one.link, 0.0) + one.seconds
-    stages = request.degrees["stage"]
-    share = idle_share(request.schedule, stages, run.accumulation) if request.trains and stages > 1 else 0.0
+    share = request.idle_share
     return Times(
         compute=compute,
         hbm=hbm_bytes(request) / device.hbm_bandwidth,
@@ -238,11 +246,8 @@ def hbm_bytes(request: PlanRequest) -> float:
     """Bytes that a device reads and writes in a step, at the least."""
     degrees, model = request.degrees, request.model
     item, param = ITEM[model.dtype], ITEM[model.param_dtype]
-    memory = memory_of(request)
     if not request.trains:
-        once = sum(b.bytes for b in memory.buffers if b.part in ("weights", "cache", "logits"))
-        extra = sum(b.bytes for b in memory.buffers if b.part.endswith("in use"))
-        return once + 2 * extra
+        return _served(request)
     kept = sum(stored(leaf, degrees) for leaf in trained(request))
     moment = 2 if request.run.optimizer.moment_dtype == "bfloat16" else 4
     # Read and written: parameters, both moments, the gradient.
@@ -260,3 +265,17 @@ def hbm_bytes(request: PlanRequest) -> float:
             # Written and read once forward, read and a gradient written and read backward, what is redone once more.
             activations += layers * (5 * sum(t.bytes for t in tensors) + 2 * again)
     return optimizer + moved + request.run.accumulation * activations
+
+
+def _served(request: PlanRequest) -> float:
+    """Of a serving step: weights (of routed experts those that a token asks for), caches, what is gathered."""
+    model, memory = request.model, memory_of(request)
+    experts = sum(b.bytes for b in memory.buffers if b.name == "weights: experts")
+    read = sum(b.bytes for b in memory.buffers if b.part in ("weights", "cache", "logits")) - experts
+    if isinstance(model.ffn, MoE):
+        tokens = request.run.batch_size * (request.run.seq_len if request.step == "prefill" else 1)
+        share = model.ffn.num_experts_per_tok / model.ffn.n_routed_experts
+        read += experts * (1 - (1 - share) ** tokens)
+    gathered = sum(one.bytes for one in collectives(request) if one.name == "weights gathered")
+    work = sum(b.bytes for b in memory.buffers if b.part.endswith("in use"))
+    return read + 2 * gathered + 2 * work * (model.num_hidden_layers if request.step == "prefill" else 1)

@@ -11,6 +11,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.models.registry import get_config
 from deepseek_jax.parallel.bubbles import Schedule
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.analysis import Plan, analyse
 from deepseek_jax.planner.request import PlanRequest, Step, changed, parse_mesh, run_of
@@ -31,7 +32,9 @@ def make_request(
     moments: str | None = None,
     param_dtype: str | None = None,
     mtp: bool = True,
-    schedule: Schedule = "1f1b",
+    microbatches: int | None = None,
+    chunks: int = 1,
+    schedule: Schedule | None = None,
     tokens: float | None = None,
     slices: int | None = None,
     model_fields: Mapping[str, Any] | None = None,
@@ -58,7 +61,8 @@ def make_request(
     if model_fields:
         model = replace(model, **model_fields)
     run = given or run_of(model, batch_size=1, seq_len=seq or min(4096, model.max_position_embeddings))
-    run = replace(run, model=model, mesh=mesh, seq_len=seq or run.seq_len)
+    pipeline = run.pipeline if degrees["stage"] > 1 else None
+    run = replace(run, model=model, mesh=mesh, pipeline=pipeline, seq_len=seq or run.seq_len)
     if batch is None and given is None:
         batch = accumulation or 1
         for axis in RULES["batch"]:
@@ -66,6 +70,8 @@ def make_request(
     if given and (batch or accumulation):  # a ramp belongs to the batch that it was written for
         run = replace(run, batch_ramp=None)
     run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)
+    if microbatches is not None:
+        run = replace(run, pipeline=Pipeline(microbatches=microbatches, chunks=chunks))
     run = changed(run, remat=remat, moments=moments, mtp=mtp, dtype=param_dtype)
     return PlanRequest(run=run, topology=topology, step=step, schedule=schedule, tokens=tokens)
 

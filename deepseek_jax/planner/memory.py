@@ -101,6 +101,7 @@ def _training(request: PlanRequest) -> Iterable[Buffer]:
         layers = model.num_moe_layers + model.num_nextn_predict_layers
         yield Buffer("selection bias", "parameters", 4 * layers * model.ffn.n_routed_experts)
     yield from _gradients(request, all_of(wide))
+    yield from _stage(request, found, wide)
     yield from _activations(request)
     yield from _layer(request, found)
     yield from _loss(request)
@@ -115,6 +116,16 @@ def _gradients(request: PlanRequest, parts: dict[str, int]) -> Iterable[Buffer]:
         yield Buffer("gradients of one piece", "gradients", sum(parts.values()), ("backward",))
 
 
+def _stage(request: PlanRequest, found: tuple[Leaf, ...], wide: int) -> Iterable[Buffer]:
+    """What a pipeline's stage holds of its layers beside the stored shards: a copy to compute with, its gradient."""
+    if request.run.pipeline is None or request.degrees["stage"] == 1:
+        return
+    stack = "moe_layers" if request.model.num_moe_layers else "dense_layers"
+    count = sum(stored(leaf, request.degrees) for leaf in found if leaf.stack == stack)
+    yield Buffer("layers of a stage", "weights in use", count * ITEM[request.model.dtype], PHASES[:3])
+    yield Buffer("gradients of the layers of a stage", "gradients", count * wide, ("backward",))
+
+
 def _stacks(request: PlanRequest) -> list[tuple[str, int, bool]]:
     """(name, layers, with experts) of each loop over layers."""
     model = request.model
@@ -126,11 +137,13 @@ def _stacks(request: PlanRequest) -> list[tuple[str, int, bool]]:
 
 def _activations(request: PlanRequest) -> Iterable[Buffer]:
     item, tokens = ITEM[request.model.dtype], request.rows * request.length
+    # Stages work, and save, in the ticks too in which they have nothing of the batch.
+    ticks = 1 / (1 - request.idle_share)
     for name, layers, moe in _stacks(request):
         for tensor in saved(request, layer_tensors(request, moe)):
             part = "saved expert rows" if tensor.expert else "saved activations"
             when = ("forward", "loss", "backward")
-            yield Buffer(f"{tensor.name} of {layers} {name}", part, int(layers * tensor.bytes), when)
+            yield Buffer(f"{tensor.name} of {layers} {name}", part, int(layers * tensor.bytes * ticks), when)
     width = request.model.hidden_size
     yield Buffer("hidden states at the ends", "saved activations", int(3 * tokens * width * item), PHASES[:3])
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.hardware import Device
-from deepseek_jax.parallel.bubbles import Schedule
+from deepseek_jax.parallel.bubbles import Schedule, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.topology import Topology
@@ -30,15 +30,15 @@ class PlanRequest:
     run: RunConfig
     topology: Topology
     step: Step = "train"
-    schedule: Schedule = "1f1b"
-    """Of the pipeline, where `run.mesh.stage` is more than 1."""
+    schedule: Schedule | None = None
+    """Whose idle time to count where `run.pipeline` is there; None: the one that is built, GPipe or interleaved."""
     tokens: float | None = None
     """To train on, or to serve; for hours and money."""
 
     def __post_init__(self) -> None:
         require(self.step in get_args(Step), "PlanRequest", "step", self.step, f"must be one of {get_args(Step)}")
         require(
-            self.schedule in get_args(Schedule), "PlanRequest", "schedule", self.schedule,
+            self.schedule in (None, *get_args(Schedule)), "PlanRequest", "schedule", self.schedule,
             f"must be one of {get_args(Schedule)}",
         )  # fmt: skip
         require(self.tokens is None or self.tokens > 0, "PlanRequest", "tokens", self.tokens, "must be greater than 0")
@@ -62,6 +62,11 @@ class PlanRequest:
             raise ValueError(
                 f"seq {self.run.seq_len} is not divisible by context {length}; the nearest that works is {near}"
             )
+
+        if (pipeline := self.run.pipeline) is not None:
+            stages = self.degrees["stage"]
+            pipeline.check_layers(stages, self.model.num_moe_layers or self.model.num_dense_layers)
+            pipeline.check_rows(stages, rows, split // stages)
 
     @property
     def model(self) -> ModelConfig:
@@ -87,6 +92,15 @@ class PlanRequest:
             for axis in RULES[name]:
                 product *= self.degrees[axis]
         return product
+
+    @property
+    def idle_share(self) -> float:
+        """Of a step, what stages of the pipeline wait for one another."""
+        pipeline, stages = self.run.pipeline, self.degrees["stage"]
+        if pipeline is None or not self.trains or stages == 1:
+            return 0.0
+        schedule = self.schedule or ("gpipe" if pipeline.chunks == 1 else "interleaved")
+        return idle_share(schedule, stages, pipeline.microbatches, pipeline.chunks)
 
     @property
     def rows(self) -> int:

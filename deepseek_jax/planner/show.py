@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_jax.planner.advice import changes
 from deepseek_jax.planner.analysis import Plan
 from deepseek_jax.planner.request import described
+from deepseek_jax.planner.search import Found
 
 GIB = 2**30
 
@@ -115,6 +116,13 @@ def _speed(plan: Plan) -> Iterator[str]:
     slow = plan.tokens_per_step / times.no_overlap
     yield f"At most {plan.tokens_per_second:,.0f} tokens/s, {slow:,.0f} if nothing overlaps; MFU at most {plan.mfu:.1%}"
 
+    if plan.request.step == "decode":
+        each = plan.tokens_per_second / plan.request.run.batch_size
+        per_chip = plan.tokens_per_second / plan.request.topology.chips
+        yield f"  {each:,.0f} tokens/s of each sequence, {per_chip:,.0f} of each chip"
+    if (most := plan.sequences_that_fit) is not None:
+        yield f"  room for {most:,} sequences of {plan.request.run.seq_len} places"
+
 
 def _cost(plan: Plan) -> Iterator[str]:
     price, tokens = plan.price, plan.request.tokens
@@ -130,6 +138,26 @@ def _cost(plan: Plan) -> Iterator[str]:
             f"{tokens:.4g} tokens: {low:,.0f} to {high:,.0f} chip hours, {low * price.amount:,.0f} to "
             f"{high * price.amount:,.0f} {price.currency}; both at full speed of every resource, so count on more"
         )
+
+
+def search_lines(found: list[Found], tried: list[Found]) -> Iterator[str]:
+    """What a search found, cheapest first, and what the compiler said of the first."""
+    price = found[0].plan.price
+    unit = f"{price.currency} a million tokens" if price else "chip hours a million tokens"
+    yield f"{'machine':<14}{'mesh':<34}{'remat':<7}{'rows':>5}{'pieces':>7}{'memory':>12}{'step':>10}{unit:>26}"
+    for one in found:
+        request, times = one.plan.request, one.plan.times
+        yield (
+            f"{request.topology.name:<14}{described(request):<34}{request.model.remat:<7}{request.rows:>5}"
+            f"{request.run.accumulation:>7}{amount(one.plan.memory.peak):>12}{seconds(times.bound):>10}{one.cost:>26.4g}"
+        )
+    yield "By arithmetic; the cost is half-way between all resources overlapping and none. Step: all overlapping."
+    for one in tried:
+        assert one.compiled is not None
+        yield from compiled_lines(one.plan, one.compiled.to_dict())
+        yield f"    {described(one.plan.request)}, remat {one.plan.request.model.remat}, {one.plan.request.rows} rows a device"
+    if tried and tried[-1].compiled is not None and not tried[-1].compiled.fits:
+        yield f"The compiler refused all {len(tried)} that were tried: take fewer rows or more recomputation"
 
 
 def picture(plan: Plan, path: str | Path, compiled: dict[str, Any] | None = None) -> None:

@@ -7,7 +7,6 @@ file. Seconds, no device.
 """
 
 import csv
-import re
 from pathlib import Path
 
 import deepseek_jax as dsj
@@ -102,11 +101,10 @@ TABLES = {"v3": v3_table, "speed": speed_table, "r1": r1_table, "caches": cache_
 def filled_in(page: str) -> str:
     """The page with every table between `<!-- NAME -->` and `<!-- end -->` made anew."""
     for name, make in TABLES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(
-            pattern, lambda match, made=make(): f"{match[1]}{made}\n{match[2]}", page, flags=re.DOTALL
-        )
-        assert count == 1, f"docs/costs.md has no place for {name}"
+        before, begin, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert begin and end, f"docs/costs.md has no place for {name}"
+        page = f"{before}{begin}{make()}\n{end}{after}"
     return page
 
 
