@@ -17,8 +17,8 @@ from deepseek_jax.kernels.attention import attention_reference
 from deepseek_jax.layers import context as layers_context
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.mla import mla_absorbed, mla_expanded
-from deepseek_jax.parallel import MeshConfig, make_mesh, shard, use_mesh
-from deepseek_jax.parallel.ring import check_length, natural, zigzag
+from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.parallel.ring import check_length, natural, ordered, zigzag
 from deepseek_jax.training.loss import from_chunks, in_chunks, loss_parts, make_totals
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import place_batch
@@ -40,11 +40,11 @@ def _ids(shape, seed=0):
 def test_order_and_back():
     """`zigzag` gives each shard an early and a late chunk; `natural` undoes it for split arrays."""
     x = jnp.arange(2 * 16 * 3).reshape(2, 16, 3)
-    np.testing.assert_array_equal(zigzag(x, shards=2)[0, :, 0] // 3, [0, 1, 2, 3, 12, 13, 14, 15, *range(4, 12)])
+    np.testing.assert_array_equal(ordered(x, 2, 1)[0, :, 0] // 3, [0, 1, 2, 3, 12, 13, 14, 15, *range(4, 12)])
     for shards in (2, 4, 8):
         mesh = _mesh(context=shards)
         with use_mesh(mesh):
-            back = jax.jit(lambda x: natural(shard(zigzag(x), "none", "length", "none"), "none", "length", "none"))(x)
+            back = jax.jit(lambda x: natural(zigzag(x, "none", "length", "none"), "none", "length", "none"))(x)
         np.testing.assert_array_equal(back, x)
 
 
@@ -86,7 +86,10 @@ def test_ring_is_attention_in_float64(kind, layout, segments, monkeypatch):
 
         expected = gradients(lambda x: x, lambda x: x)
         with use_mesh(_mesh(**layout)):
-            actual = gradients(zigzag, lambda x: natural(x, "batch", "length", "act_heads", "head_dim"))
+            actual = gradients(
+                lambda x: ordered(x, layout["context"], 1),
+                lambda x: natural(x, "batch", "length", "act_heads", "head_dim"),
+            )
         assert_trees_close(actual, expected, rtol=1e-12)
 
 

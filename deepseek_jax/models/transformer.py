@@ -18,7 +18,7 @@ from deepseek_jax.models.mtp import MTPModule
 from deepseek_jax.models.pipelined import pipelined_stack
 from deepseek_jax.parallel.pipeline import Pipeline, stages_of_mesh
 from deepseek_jax.parallel.ring import check_length, natural, zigzag
-from deepseek_jax.parallel.rules import degree, shard, unbox
+from deepseek_jax.parallel.rules import degree, unbox
 from deepseek_jax.types import Array, HiddenOutput, ModelOutput, RouterStats
 
 
@@ -171,7 +171,7 @@ class DeepSeek(nn.Module):
         shape = (*tokens.shape, c.num_moe_layers, c.ffn.num_experts_per_tok)
         if experts.shape != shape or not jnp.issubdtype(experts.dtype, jnp.signedinteger):
             raise ValueError(f"experts must be signed integers {shape}, not {experts.dtype} {experts.shape}")
-        return shard(zigzag(experts), "batch", "length", "none", "none")
+        return zigzag(experts, "batch", "length", "none", "none")
 
     def _no_depth(self, tokens: Array) -> Array:
         return jnp.zeros((0, *tokens.shape, self.config.vocab_size), jnp.promote_types(self.config.dtype, jnp.float32))
@@ -207,7 +207,7 @@ class DeepSeek(nn.Module):
 
 def _split(x_BT: Array) -> Array:
     """[B, T] as the layers see it: each device's sequences, and its part of them."""
-    return shard(zigzag(x_BT), "batch", "length")
+    return zigzag(x_BT, "batch", "length")
 
 
 def _present(tokens: Array, segment_ids: Array | None) -> Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.parallel.rules import Names, degree, mapped_over, partition_spec
+from deepseek_jax.parallel.rules import Names, degree, mapped_over, partition_spec, shard
 
 AXIS = "context"
 Arrays = tuple[jax.Array, ...]
@@ -32,16 +32,23 @@ def check_length(tokens: int, shards: int, what: str) -> None:
         )
 
 
-def zigzag(x: jax.Array, axis: int = 1, shards: int | None = None) -> jax.Array:
-    """`x` with the places along `axis` in the order of a split sequence; as it is where the ambient mesh splits none.
+def zigzag(x: jax.Array, *names: str) -> jax.Array:
+    """`x` in the order of a split sequence, split by its logical axes `names`, "length" among them.
 
-    For what is small or not yet split (ids, masks): of a split array every shard would be asked for parts.
+    For what is small (ids, masks): each device orders all of it and keeps its part, without asking the others.
     """
-    shards = degree("length") if shards is None else shards
-    if shards == 1:
-        return x
-    chunks = jnp.split(x, 2 * shards, axis=axis)
-    return jnp.concatenate([chunks[j] for i in range(shards) for j in (i, 2 * shards - 1 - i)], axis=axis)
+    shards = degree("length")
+    if shards > 1:
+        whole = tuple("none" if name == "length" else name for name in names)
+        x = shard(ordered(shard(x, *whole), shards, names.index("length")), *whole)
+    return shard(x, *names)
+
+
+def ordered(x: jax.Array, shards: int, axis: int) -> jax.Array:
+    """`x` with the chunks of shard 0, of shard 1 … along `axis`."""
+    chunks = x.reshape(*x.shape[:axis], 2 * shards, -1, *x.shape[axis + 1 :])
+    order = [j for i in range(shards) for j in (i, 2 * shards - 1 - i)]
+    return jnp.take(chunks, jnp.asarray(order), axis=axis).reshape(x.shape)
 
 
 def natural(x: jax.Array, *names: str) -> jax.Array:

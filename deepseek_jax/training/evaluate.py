@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
         segment_ids = batch["segment_ids"][:, :-1]
         out = model.apply(variables, batch["tokens"][:, :-1], segment_ids=segment_ids, zigzag_out=True, method="hidden")
         w_DW = model.apply(variables, method="head_kernel")
-        targets = jax.tree.map(partial(zigzag, axis=2), make_targets(batch, 0))
+        targets = jax.tree.map(lambda x: zigzag(x, "none", "batch", "length"), make_targets(batch, 0))
         weights = targets.counted[0].astype(jnp.float32)
         return cross_entropy_sum(out.hidden, w_DW, targets.tokens[0], weights, config.loss_chunk), weights.sum()
 

@@ -5,7 +5,6 @@ from the whole batch first: accumulation, packing and sharding cannot change it.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -226,7 +225,7 @@ def loss_parts(
         train=train, zigzag_out=True, pipeline=config.pipeline, method="hidden",
     )  # fmt: skip
     w_DW = model.apply(variables, method="head_kernel")
-    targets = jax.tree.map(partial(zigzag, axis=2), make_targets(batch, depth))
+    targets = jax.tree.map(lambda x: zigzag(x, "none", "batch", "length"), make_targets(batch, depth))
 
     def mean(k: int, hidden: Array) -> Array:
         weights = targets.counted[k].astype(totals.tokens.dtype)

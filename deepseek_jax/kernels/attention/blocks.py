@@ -6,6 +6,7 @@ part than the joined output and log-sum-exp: P = exp(S − lse) are then the who
 
 from typing import Any
 
+from deepseek_jax import platform
 from deepseek_jax.kernels.attention.blockwise import block_backward, block_forward
 from deepseek_jax.types import Array
 
@@ -21,6 +22,8 @@ def forward(q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, **masks: Any) -> tuple[
         [B, T, N, V] and the log-sum-exp of the scores [B, N, T], both float32 or wider. A row that sees no key has 0 and
         −inf, or values that a log-sum-exp of the lowest numbers weighs as nothing.
     """
+    if (splash := _splash(q_BTNH, k_BSKH, v_BSKV, masks)) is not None:
+        return splash.block_forward(q_BTNH, k_BSKH, v_BSKV, **masks)
     return block_forward(q_BTNH, k_BSKH, v_BSKV, **masks)
 
 
@@ -35,4 +38,17 @@ def backward(
         lse_BNT: the joined log-sum-exp; finite.
         d_out_BTNV: gradient by the joined output.
     """
+    if (splash := _splash(q_BTNH, k_BSKH, v_BSKV, masks)) is not None:
+        return splash.block_backward(q_BTNH, k_BSKH, v_BSKV, out_BTNV, lse_BNT, d_out_BTNV, **masks)
     return block_backward(q_BTNH, k_BSKH, v_BSKV, out_BTNV, lse_BNT, d_out_BTNV, **masks)
+
+
+def _splash(q: Array, k: Array, v: Array, masks: dict[str, Any]) -> Any:
+    """The TPU's route where it serves these arguments."""
+    if platform.target() != "tpu":
+        return None
+    from deepseek_jax.kernels.attention import splash_tpu
+
+    # Other ids for keys than for queries are no hindrance here: who joins the parts weighs a row without keys as nothing.
+    reason = splash_tpu.supports(q, k, v, scale=masks["scale"], causal=masks["causal"])
+    return splash_tpu if reason is None else None

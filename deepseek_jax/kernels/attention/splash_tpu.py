@@ -80,24 +80,99 @@ def splash(
     Returns:
         [B, T, N, V] in the dtype of `v_BSKV`.
     """
-    N = q_BTNH.shape[2]
-    mask = _mask(q_BTNH.shape[1], k_BSKH.shape[1], causal)
-    attend: Any = kernel.make_splash_mha(
-        masks.MultiHeadMask([mask] * N),
-        block_sizes=block_sizes(q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.dtype.itemsize),
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name="attention",
-        interpret=interpret,
-    )
+    attend = _kernel(q_BTNH, k_BSKH, causal, residual_checkpoint_name="attention", interpret=interpret)
     q = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).swapaxes(1, 2)
     k, v = k_BSKH.swapaxes(1, 2), v_BSKV.swapaxes(1, 2)
-    if q_segment_ids is None or kv_segment_ids is None:
-        return jax.vmap(attend)(q, k, v).swapaxes(1, 2)
-    ids = kernel.SegmentIds(q_segment_ids.astype(jnp.int32), kv_segment_ids.astype(jnp.int32))
-    out = jax.vmap(attend)(q, k, v, ids).swapaxes(1, 2)
+    out = jax.vmap(attend)(q, k, v, *_ids(q_segment_ids, kv_segment_ids)).swapaxes(1, 2)
+    if q_segment_ids is None:
+        return out
     # Padding attended to padding, which is finite; zeroing it here also stops its gradient.
     return jnp.where((q_segment_ids != 0)[:, :, None, None], out, 0)
+
+
+def block_forward(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKV: Array,
+    *,
+    scale: float,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    causal: bool = True,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """See `kernels.attention.blocks.forward`. Each part's output is rounded to the dtype of the queries."""
+    attend = _kernel(q_BTNH, k_BSKH, causal, save_residuals=True, interpret=interpret)
+    arrays = ((q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).swapaxes(1, 2), k_BSKH.swapaxes(1, 2), v_BSKV.swapaxes(1, 2))
+    out, (lse,) = jax.vmap(attend)(*arrays, *_ids(q_segment_ids, kv_segment_ids))
+    out = out.swapaxes(1, 2).astype(jnp.float32)
+    if q_segment_ids is not None:
+        # A row of a document that has no key here gets the mean of the values, and about −2e38 for its log-sum-exp.
+        real = q_segment_ids != 0
+        out = jnp.where(real[:, :, None, None], out, 0)
+        lse = jnp.where(real[:, None], lse, -jnp.inf)
+    return out, lse
+
+
+def block_backward(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKV: Array,
+    out_BTNV: Array,
+    lse_BNT: Array,
+    d_out_BTNV: Array,
+    *,
+    scale: float,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    causal: bool = True,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """See `kernels.attention.blocks.backward`. Each part's gradients are rounded to the dtype of their arrays.
+
+    Calls the private function behind jax's own backward pass, with its arguments as jax 0.10.2 and 0.12 have them.
+    """
+    attend = _kernel(q_BTNH, k_BSKH, causal, interpret=interpret)
+    if q_segment_ids is not None:
+        real = q_segment_ids != 0
+        d_out_BTNV = jnp.where(real[:, :, None, None], d_out_BTNV, 0)
+        lse_BNT = jnp.where(real[:, None], lse_BNT, 1e30)  # probabilities of padding become 0
+    fixed = {
+        name: attend.kwargs[name]
+        for name in ("mask_value", "is_mqa", "block_sizes", "mask_function", "attn_logits_soft_cap", "interpret")
+    }
+
+    def one(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array, *ids: Any) -> tuple[Array, ...]:
+        residuals = (q, k, v, ids[0] if ids else None, None, out, lse, attend.dq_mask_info, attend.dkv_mask_info)
+        gradients = kernel._splash_attention_bwd(  # pyright: ignore[reportPrivateUsage]
+            save_residuals=False, residual_checkpoint_name=None, res=residuals, do=d_out, **fixed
+        )  # fmt: skip
+        return gradients[3], gradients[4], gradients[5]
+
+    q = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+    q, k, v, out, d_out = (x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV, out_BTNV, d_out_BTNV))
+    gradients = jax.vmap(one)(q, k, v, out, lse_BNT, d_out, *_ids(q_segment_ids, kv_segment_ids))
+    dq, dk, dv = (x.swapaxes(1, 2).astype(jnp.float32) for x in gradients)
+    return dq * scale, dk, dv
+
+
+def _ids(q_segment_ids: Array | None, kv_segment_ids: Array | None) -> tuple[kernel.SegmentIds, ...]:
+    if q_segment_ids is None or kv_segment_ids is None:
+        return ()
+    return (kernel.SegmentIds(q_segment_ids.astype(jnp.int32), kv_segment_ids.astype(jnp.int32)),)
+
+
+def _kernel(q_BTNH: Array, k_BSKH: Array, causal: bool, **options: Any) -> Any:
+    """The kernel for one sequence of these shapes."""
+    T, N = q_BTNH.shape[1:3]
+    S = k_BSKH.shape[1]
+    return kernel.make_splash_mha(
+        masks.MultiHeadMask([_mask(T, S, causal)] * N),
+        block_sizes=block_sizes(T, S, q_BTNH.dtype.itemsize),
+        head_shards=1,
+        q_seq_shards=1,
+        **options,
+    )
 
 
 def block_sizes(T: int, S: int, itemsize: int) -> kernel.BlockSizes:
