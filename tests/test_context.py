@@ -1,5 +1,6 @@
 """Sequences split over devices: attention by a ring, the zig-zag order, and everything that looks at neighbours."""
 
+import importlib
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,12 +14,15 @@ import pytest
 from helpers import assert_trees_close, micro, random_tokens, random_variables, run_config
 
 import deepseek_jax as dsj
-from deepseek_jax.kernels.attention import attention_reference
+from deepseek_jax.config import MoE
+from deepseek_jax.kernels.attention import attention_reference, splash_tpu
 from deepseek_jax.layers import context as layers_context
+from deepseek_jax.layers.balance import within_capacity
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.mla import mla_absorbed, mla_expanded
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
-from deepseek_jax.parallel.ring import check_length, natural, ordered, zigzag
+from deepseek_jax.parallel.ring import natural, ordered, zigzag
+from deepseek_jax.training.begin import check_pieces
 from deepseek_jax.training.loss import from_chunks, in_chunks, loss_parts, make_totals
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import place_batch
@@ -188,8 +192,8 @@ def test_chunks_have_a_part_of_every_shard(places):
 
 
 def test_lengths_that_cannot_be_split_are_refused():
-    with pytest.raises(ValueError, match="100.*2 × context = 16.*96 or 112"):
-        check_length(100, 8, "RunConfig.seq_len")
+    with pytest.raises(ValueError, match="RunConfig.seq_len = 100.*2 × context = 16.*96 or 112"):
+        check_pieces(run_config(_MODELS["llm-gqa"], seq_len=100), _mesh(context=8))
     model, variables = dsj.DeepSeek(_MODELS["llm-gqa"]), random_variables(_MODELS["llm-gqa"])
     tokens = random_tokens(model.config, (1, 12))
     with use_mesh(_mesh(context=4)):
@@ -197,3 +201,42 @@ def test_lengths_that_cannot_be_split_are_refused():
             model.apply(variables, tokens)
         with pytest.raises(ValueError, match=r"MeshConfig.context = 4: inference with caches splits no sequence"):
             model.apply(variables, tokens, tokens, True, method="begin")
+
+
+@pytest.mark.parametrize("causal, heads", [(True, 2), (False, 4)])
+def test_parts_by_splash_weigh_and_differentiate_as_the_plain_ones(causal, heads):
+    """The TPU's route for a part of the keys, in the interpreter: rows without keys and padding weigh nothing."""
+    plain = importlib.import_module("deepseek_jax.kernels.attention.blockwise")
+    (B, T), N, (H, V) = (1, 256), 4, (24, 16)
+    draw = np.random.default_rng(0)
+    shapes = ((B, T, N, H), (B, T, heads, H), (B, T, heads, V), (B, T, N, V))
+    q, k, v, d_out = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for shape in shapes)
+    ids = _ids((B, T))
+    masks: dict[str, Any] = dict(
+        scale=0.3, causal=causal, q_segment_ids=ids, kv_segment_ids=ids if causal else jnp.where(ids > 2, 0, ids)
+    )
+    expected, lse = plain.block_forward(q, k, v, **masks)
+    out, splash_lse = splash_tpu.block_forward(q, k, v, interpret=True, **masks)
+    shares = [jnp.exp(jnp.maximum(x, -1e30)).swapaxes(1, 2)[..., None] for x in (lse, splash_lse)]
+    assert_trees_close((shares[1], out * shares[1]), (shares[0], expected * shares[0]), rtol=2e-6)
+    whole = (q, k, v, expected, jnp.maximum(lse, 0) + 0.5, d_out)  # of more keys than these
+    assert_trees_close(
+        splash_tpu.block_backward(*whole, interpret=True, **masks), plain.block_backward(*whole, **masks), rtol=2e-6
+    )
+
+
+def test_capacity_drops_the_last_tokens_of_the_sequence_among_equals():
+    """V2's dropping, with every affinity equal: what lies last in a shard is not what comes last."""
+    config = _MODELS["v2"].ffn
+    assert isinstance(config, MoE)
+    B, T, X = 2, 16, config.num_experts_per_tok
+    indices = jnp.asarray(np.random.default_rng(0).integers(0, 3, (B, T, X)))
+
+    def kept(indices):
+        return within_capacity(jnp.ones((B, T, X)), indices, jnp.ones((B, T), bool), jnp.zeros(B, bool), config)
+
+    expected = kept(indices)
+    assert 0 < expected.sum() < expected.size
+    with use_mesh(_mesh(context=4)):
+        actual = jax.jit(kept)(ordered(indices, 4, 1))
+    np.testing.assert_array_equal(actual, ordered(expected, 4, 1))

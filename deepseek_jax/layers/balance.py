@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import MoE
+from deepseek_jax.parallel.ring import zigzag
 from deepseek_jax.types import Array
 
 
@@ -91,7 +92,8 @@ def within_capacity(affinity_BTX: Array, indices_BTX: Array, valid_BT: Array, ex
     group_BP = (indices_BTX // (config.n_routed_experts // config.n_group)).reshape(B, T * X)
     group_BP = jnp.where(jnp.repeat(valid_BT, X, axis=1), group_BP, config.n_group)  # padding has a group of its own
     affinity_BP = lax.stop_gradient(affinity_BTX).reshape(B, T * X)
-    order_BP = jnp.lexsort((-affinity_BP, group_BP), axis=-1)  # by group, then by falling affinity; stable
+    place_BP = jnp.broadcast_to(jnp.repeat(zigzag(jnp.arange(T), "length"), X), group_BP.shape)
+    order_BP = jnp.lexsort((place_BP, -affinity_BP, group_BP), axis=-1)  # by group, falling affinity, place
     sorted_group_BP = jnp.take_along_axis(group_BP, order_BP, axis=-1)
     first_BP = jax.vmap(lambda groups: jnp.searchsorted(groups, groups, side="left"))(sorted_group_BP)
     rank_sorted_BP = jnp.arange(T * X)[None] - first_BP

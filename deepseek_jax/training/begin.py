@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.parallel.ring import check_length
 from deepseek_jax.parallel.rules import degree
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, new_state
@@ -28,7 +29,8 @@ _PINNED = (
 
 
 def check_pieces(config: RunConfig, mesh: Mesh) -> None:
-    """A piece must spread over the devices that share a batch, and fit its pipeline."""
+    """A piece must spread over the devices that share a batch, a sequence over those that share it, and fit its pipeline."""
+    check_length(config.seq_len, degree("length", mesh), "RunConfig.seq_len")
     if config.pipeline is not None:
         stages, model = degree("stages", mesh), config.model
         config.pipeline.check_layers(stages, model.num_moe_layers or model.num_dense_layers)
