@@ -245,9 +245,15 @@ class ModelConfig:
     """Compute dtype of matrix products and residuals; norms, router and softmax stay in float32 or wider."""
     param_dtype: Dtype = "float32"
     remat: Literal["none", "full", "v3"] = "none"
-    """What the backward pass recomputes: nothing, each layer, or as V3 does norms and MLA up-projections."""
+    """What the backward pass recomputes: nothing, each layer (its integers of routing are kept), or as V3 does norms and MLA
+    up-projections."""
     scan_layers: bool = True
     """Run stacked layers as one compiled loop; False unrolls it. The parameter tree is the same."""
+    expert_exchange: Literal["ragged", "ring"] = "ragged"
+    """How tokens get to experts that a mesh splits: a ragged all-to-all, or gathered and reduced by all that hold some."""
+    expert_buffer_factor: float | None = None
+    """Places of a shard for the token-expert pairs it receives, over its even share; None: room for all that can come.
+    Pairs that find no place are left out, counted and logged as `overflow`."""
     assumed: tuple[str, ...] = ()
     """Fields that the paper leaves open and this registry fills in."""
 
@@ -266,6 +272,11 @@ class ModelConfig:
         check(self.dtype in dtypes, "dtype", f"must be one of {dtypes}")
         check(self.param_dtype in dtypes, "param_dtype", f"must be one of {dtypes}")
         check(self.remat in ("none", "full", "v3"), "remat", "must be 'none', 'full' or 'v3'")
+        check(self.expert_exchange in ("ragged", "ring"), "expert_exchange", "must be 'ragged' or 'ring'")
+        check(
+            self.expert_buffer_factor is None or self.expert_buffer_factor >= 1, "expert_buffer_factor",
+            "must be at least 1, the even share, or None",
+        )  # fmt: skip
         if isinstance(self.ffn, MoE):
             require(
                 self.ffn.first_k_dense_replace <= self.num_hidden_layers,

@@ -29,6 +29,8 @@ class RouterStats:
     """Float32 [L]: mean entropy, in nats, of the normalised affinities of a token."""
     dropped: Array
     """Float32 [L]: token-expert pairs dropped for capacity."""
+    overflow: Array
+    """Float32 [L]: token-expert pairs left out because the shard of their expert had no place for them."""
     valid_sequences: Array
     """Float32 [L, B]: 1 where the sequence holds at least one counted token."""
     experts: Array | None = None

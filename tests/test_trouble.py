@@ -18,7 +18,7 @@ from trouble import small_run
 import deepseek_jax as dsj
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.metrics.writer import read_jsonl
-from deepseek_jax.training import ByTokens, MultiStep, NotFinite, SaveFailed, loop
+from deepseek_jax.training import ByTokens, MultiStep, NotFinite, SaveFailed, loop, saves
 from deepseek_jax.training import step as step_module
 from deepseek_jax.training.loss import loss_parts
 
@@ -174,7 +174,7 @@ def test_losses_that_are_not_finite(monkeypatch, small, quiet_train, tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_saved(monkeypatch, small, quiet_train, tmp_path):
-    monkeypatch.setattr(loop, "all_finite", lambda state: jnp.array(int(state.step) < 8))
+    monkeypatch.setattr(saves, "all_finite", lambda state: jnp.array(int(state.step) < 8))
     with pytest.raises(NotFinite, match="state of step 8"):
         quiet_train(small(), tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [4]

@@ -7,6 +7,7 @@ spread over devices or accumulation steps. Device groups are the configuration's
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MoE
 from deepseek_jax.parallel.ring import zigzag
@@ -61,7 +62,7 @@ def balance_losses(scores_BTE: Array, indices_BTX: Array, valid_BT: Array, confi
             sent_BG = sent_BTG.sum(axis=1) * config.n_group / (config.topk_group * tokens)
             losses["communication"] = config.communication_loss_alpha * (sent_BG * p_group_BG).sum(axis=-1)
     if config.sequence_loss_alpha:  # V3 eq. 17: the K best of the unbiased affinities, wherever tokens were sent
-        _, best_BTX = lax.top_k(scores_BTE, config.num_experts_per_tok)
+        best_BTX = checkpoint_name(lax.top_k(scores_BTE, config.num_experts_per_tok)[1], "routing")
         f_BE = load_fraction(selections(best_BTX, valid_BT, E, dtype), valid_BT, config)
         p_BE = mean_affinity(normalised(scores_BTE), valid_BT)
         losses["sequence"] = config.sequence_loss_alpha * (f_BE * p_BE).sum(axis=-1)

@@ -2,12 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import platform
 from deepseek_jax.kernels.grouped_matmul import grouped_matmul
-from deepseek_jax.layers.weights import weight
 from deepseek_jax.types import Array
 
 
@@ -32,6 +30,26 @@ def _gather_bwd(place_MX: Array, d_PD: Array):
 gather_rows.defvjp(_gather_fwd, _gather_bwd)
 
 
+def sort_pairs(indices_MX: Array, experts: int) -> tuple[Array, Array, Array]:
+    """Token-expert pairs in order of their experts, those of one expert in order of their tokens.
+
+    Returns:
+        Int32 [M · X]: pair p of the sorted list was token order[p] // X. Int32 [M, X]: where each pair went. Int32 [E]:
+        pairs of each of the `experts`.
+    """
+    flat_P = indices_MX.reshape(-1)
+    order_P = checkpoint_name(jnp.argsort(flat_P, stable=True), "routing")
+    place_MX = checkpoint_name(jnp.argsort(order_P), "routing").reshape(indices_MX.shape)
+    return order_P, place_MX, jnp.bincount(flat_P, length=experts).astype(jnp.int32)
+
+
+def grouped_swiglu(x_PD: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, *, sizes_E: Array) -> Array:
+    """SwiGLU of rows that lie in order of their experts, `sizes_E` of each: [P, D]."""
+    gate_PF = checkpoint_name(grouped_matmul(x_PD, w_gate_EDF, sizes_E), "expert_gate")
+    up_PF = checkpoint_name(grouped_matmul(x_PD, w_up_EDF, sizes_E), "expert_up")
+    return grouped_matmul(jax.nn.silu(gate_PF) * up_PF, w_down_EFD, sizes_E)
+
+
 def routed_experts(
     x_MD: Array, indices_MX: Array, weights_MX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
 ) -> Array:
@@ -49,16 +67,9 @@ def routed_experts(
         [M, D] in the dtype of `x_MD`; the weighted sum itself is float32 or wider.
     """
     M, X = indices_MX.shape
-    E = w_gate_EDF.shape[0]
-    order_P = jnp.argsort(indices_MX.reshape(-1), stable=True)  # pair p of the sorted list was token order_P[p] // X
-    place_MX = jnp.argsort(order_P).reshape(M, X)
-    group_sizes_E = jnp.bincount(indices_MX.reshape(-1), length=E).astype(jnp.int32)
-
+    order_P, place_MX, sizes_E = sort_pairs(indices_MX, w_gate_EDF.shape[0])
     x_PD = checkpoint_name(gather_rows(x_MD, order_P // X, place_MX), "expert_in")
-    gate_PF = checkpoint_name(grouped_matmul(x_PD, w_gate_EDF, group_sizes_E), "expert_gate")
-    up_PF = checkpoint_name(grouped_matmul(x_PD, w_up_EDF, group_sizes_E), "expert_up")
-    out_PD = grouped_matmul(jax.nn.silu(gate_PF) * up_PF, w_down_EFD, group_sizes_E)
-    out_PD = checkpoint_name(out_PD, "expert_out")
+    out_PD = checkpoint_name(grouped_swiglu(x_PD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E=sizes_E), "expert_out")
     out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
     return jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
 
@@ -110,27 +121,3 @@ def _chosen_on_gpu(x_MXI: Array, w_EIO: Array, indices_MX: Array) -> Array:
     wide = jnp.promote_types(x_MXI.dtype, jnp.float32)
     w_EOI = w_EIO.swapaxes(1, 2)
     return (x_MXI[:, :, None].astype(wide) * w_EOI[indices_MX].astype(wide)).sum(axis=-1)
-
-
-class Experts(nn.Module):
-    """Weights of the routed experts, stacked on the first dim."""
-
-    n_routed_experts: int
-    moe_intermediate_size: int
-    param_dtype: str
-    stddev: float
-
-    @nn.compact
-    def __call__(self, x_MD: Array, indices_MX: Array, weights_MX: Array, decoding: bool = False) -> Array:
-        """Σ over the chosen experts, [M, D]; `decoding`: no gradient is wanted, and there may be few tokens."""
-        E, D, F = self.n_routed_experts, x_MD.shape[-1], self.moe_intermediate_size
-
-        def param(name: str, shape: tuple[int, ...], *axes: str) -> Array:
-            return weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev).astype(x_MD.dtype)
-
-        w_gate = param("w_gate", (E, D, F), "expert", "expert_embed", "ffn")
-        w_up = param("w_up", (E, D, F), "expert", "expert_embed", "ffn")
-        w_down = param("w_down", (E, F, D), "expert", "ffn", "expert_embed")
-        arguments = (x_MD, indices_MX, weights_MX, w_gate, w_up, w_down)
-        out = few_tokens_experts(*arguments) if decoding else None
-        return routed_experts(*arguments) if out is None else out

@@ -11,11 +11,53 @@ from flax import linen as nn
 from deepseek_jax.config import MoE
 from deepseek_jax.layers.balance import affinity_entropy, balance_losses, selections, within_capacity
 from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.experts import Experts
+from deepseek_jax.layers.expert_parallel import Exchange, parallel_experts
+from deepseek_jax.layers.experts import few_tokens_experts, routed_experts
 from deepseek_jax.layers.mlp import SwiGLU
 from deepseek_jax.layers.router import Router
-from deepseek_jax.parallel.rules import shard
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.parallel.rules import on_mesh, shard
 from deepseek_jax.types import Array, RouterStats
+
+
+class Experts(nn.Module):
+    """Weights of the routed experts, stacked on the first dim."""
+
+    n_routed_experts: int
+    moe_intermediate_size: int
+    param_dtype: str
+    stddev: float
+    exchange: Exchange = "ragged"
+    buffer_factor: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, indices_BTX: Array, weights_BTX: Array, decoding: bool = False
+    ) -> tuple[Array, Array]:
+        """Σ over the chosen experts, [B, T, D], and the token-expert pairs that found no place at their expert's shard.
+
+        `decoding`: no gradient is wanted, and there may be few tokens.
+        """
+        E, (B, T, D), F = self.n_routed_experts, x_BTD.shape, self.moe_intermediate_size
+
+        def param(name: str, shape: tuple[int, ...], *axes: str) -> Array:
+            return weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev)
+
+        matrices = (
+            param("w_gate", (E, D, F), "expert", "expert_embed", "ffn"),
+            param("w_up", (E, D, F), "expert", "expert_embed", "ffn"),
+            param("w_down", (E, F, D), "expert", "ffn", "expert_embed"),
+        )
+        if on_mesh():
+            return parallel_experts(
+                x_BTD, indices_BTX, weights_BTX, *matrices,
+                exchange=self.exchange, buffer_factor=self.buffer_factor, decoding=decoding,
+            )  # fmt: skip
+        flat = (x.reshape(B * T, -1) for x in (x_BTD, indices_BTX, weights_BTX))
+        arguments = (*flat, *(w.astype(x_BTD.dtype) for w in matrices))
+        out_MD = few_tokens_experts(*arguments) if decoding else None
+        out_MD = routed_experts(*arguments) if out_MD is None else out_MD
+        return out_MD.reshape(B, T, D), jnp.zeros((), jnp.float32)
 
 
 class MoELayer(nn.Module):
@@ -24,6 +66,8 @@ class MoELayer(nn.Module):
     config: MoE
     param_dtype: str
     stddev: float
+    exchange: Exchange = "ragged"
+    buffer_factor: float | None = None
 
     @nn.compact
     def __call__(self, x_BTD: Array, context: Context, recorded_BTX: Array | None = None) -> tuple[Array, RouterStats]:
@@ -31,7 +75,7 @@ class MoELayer(nn.Module):
 
         `recorded_BTX`: experts to use instead of the router's choice, −1 where that stands.
         """
-        c, (B, T, D) = self.config, x_BTD.shape
+        c = self.config
         kwargs: dict[str, Any] = dict(param_dtype=self.param_dtype, stddev=self.stddev)
         scores, indices, weights = Router(c, name="router", **kwargs)(x_BTD, recorded_BTX)
         dropped = jnp.zeros((), scores.dtype)
@@ -40,11 +84,12 @@ class MoELayer(nn.Module):
             kept = within_capacity(affinity, indices, context.valid, context.exempt, c)
             dropped = (~kept & context.valid[..., None]).sum().astype(scores.dtype)
             weights = weights * kept
-        experts = Experts(c.n_routed_experts, c.moe_intermediate_size, name="experts", **kwargs)
-        X = c.num_experts_per_tok
-        flat = (x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X))
-        out = experts(*flat, decoding=context.positions is not None)
-        out = shard(out.reshape(B, T, D), "batch", "length", "act_embed")
+        experts = Experts(
+            c.n_routed_experts, c.moe_intermediate_size, exchange=self.exchange, buffer_factor=self.buffer_factor,
+            name="experts", **kwargs,
+        )  # fmt: skip
+        out, overflow = experts(x_BTD, indices, weights, decoding=context.positions is not None)
+        out = shard(out, "batch", "length", "act_embed")
         if c.n_shared_experts:
             out = out + SwiGLU(c.n_shared_experts * c.moe_intermediate_size, name="shared", **kwargs)(x_BTD)
         stats = RouterStats(
@@ -52,6 +97,7 @@ class MoELayer(nn.Module):
             balance_loss=balance_losses(scores, indices, context.valid, c),
             entropy=affinity_entropy(scores, context.valid),
             dropped=dropped,
+            overflow=overflow.astype(scores.dtype),
             valid_sequences=context.valid.any(axis=1).astype(scores.dtype),
             experts=None if context.positions is None else indices,
         )

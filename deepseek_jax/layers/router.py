@@ -47,7 +47,7 @@ def select_experts(scores_BTE: Array, bias_E: Array | None, config: MoE) -> Arra
     if config.topk_method != "greedy" and config.n_group > config.topk_group:
         best = 2 if config.topk_method == "noaux_tc" else 1
         choice = jnp.where(group_mask(choice, config.n_group, config.topk_group, best), choice, -jnp.inf)
-    return lax.top_k(choice, config.num_experts_per_tok)[1]
+    return checkpoint_name(lax.top_k(choice, config.num_experts_per_tok)[1], "routing")
 
 
 def replayed(indices_BTX: Array, recorded_BTX: Array) -> Array:

@@ -55,19 +55,25 @@ class Block(nn.Module):
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
         if self.moe:
             assert isinstance(c.ffn, MoE)
-            out_BTD, stats = MoELayer(c.ffn, name="ffn", **kwargs)(normed, context, recorded_BTX)
+            moe = MoELayer(
+                c.ffn, exchange=c.expert_exchange, buffer_factor=c.expert_buffer_factor, name="ffn", **kwargs
+            )
+            out_BTD, stats = moe(normed, context, recorded_BTX)
             return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
         return x_BTD + checkpoint_name(SwiGLU(width, name="ffn", **kwargs)(normed), "block_ffn"), (None, cache)
 
 
 def remat_policy(config: ModelConfig, *also: str) -> Any:
-    """What the backward pass finds kept, by `config.remat`, and the values named in `also`; None: nothing."""
+    """What the backward pass finds kept, by `config.remat`, and the values named in `also`.
+
+    Integers of routing are kept always: they are few, and sorts are slow to run and slower to compile.
+    """
     if config.remat == "none":
         # Slices of stacked weights are cheap to take again.
         return lambda primitive, *_, **__: primitive.name not in ("dynamic_slice", "squeeze")
-    names = (*(V3_SAVED if config.remat == "v3" else ()), *also)
-    named = jax.checkpoint_policies.save_only_these_names(*names) if names else None
+    names = ("routing", *(V3_SAVED if config.remat == "v3" else ()), *also)
+    named = jax.checkpoint_policies.save_only_these_names(*names)
     if config.remat != "v3":
         return named
     # cuDNN's attention keeps its results unnamed: they are known by the primitive that makes them.

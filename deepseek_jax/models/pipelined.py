@@ -133,5 +133,6 @@ def _together(stats: RouterStats, L: int, valid_BT: Array) -> RouterStats:
         balance_loss={name: sequences(loss) for name, loss in stats.balance_loss.items()},
         entropy=(layers(stats.entropy) * counted_M).sum(axis=1) / jnp.maximum(counted_M.sum(), 1),
         dropped=layers(stats.dropped).sum(axis=1),
+        overflow=layers(stats.overflow).sum(axis=1),
         valid_sequences=sequences(stats.valid_sequences),
     )

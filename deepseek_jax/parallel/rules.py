@@ -141,9 +141,9 @@ def sharded_shapes(mesh: Mesh, boxed: Any) -> Any:
 
 def shard(x: jax.Array, *names: str) -> jax.Array:
     """Constrain `x` to the ambient mesh by its logical axes; without a mesh, `x` itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not on_mesh():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, names, x.shape, "activation"))
 
 
@@ -165,6 +165,39 @@ def mapped_over(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> 
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
+def on_mesh() -> bool:
+    """Whether there is an ambient mesh with an axis that arrays can still be split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and bool(_free_axes(mesh))
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """Axes of the ambient mesh that split a dim with this logical axis; not those of degree 1 or mapped over already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(axis for axis in RULES[name] if axis in _free_axes(mesh))
+
+
+def sharded_map(function: Callable[..., Any], in_names: Sequence[Names], out_names: Any) -> Callable[..., Any]:
+    """`function` of local arrays, run by every device of the ambient mesh on its shards; it may talk to others.
+
+    Args:
+        function: see above.
+        in_names: logical axes of each argument's dims.
+        out_names: of the result, or a tuple of those of its parts; dims of the result are trusted to divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = out_names if out_names and isinstance(out_names[0], tuple) else (out_names,)
+    out_specs = tuple(PartitionSpec(*(axes_of(name) or None for name in names)) for names in parts)
+
+    def run(*arrays: jax.Array) -> Any:
+        given = zip(in_names, arrays, strict=True)
+        specs = tuple(partition_spec(mesh, names, x.shape, "sharded_map argument") for names, x in given)
+        out = out_specs if parts is out_names else out_specs[0]
+        return mapped_over(function, specs, out)(*arrays)
+
+    return run
+
+
 def per_shard(
     function: Callable[..., jax.Array], in_names: Sequence[Names | None], out_names: Names
 ) -> Callable[..., jax.Array]:
@@ -173,9 +206,9 @@ def per_shard(
     For kernels that the compiler cannot partition. An argument whose names are None must be None. The function must
     not need other shards: no named dim may be contracted.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not on_mesh():
         return function
+    mesh = jax.sharding.get_abstract_mesh()
 
     def run(*arrays: jax.Array | None) -> jax.Array:
         given = [(array, names) for array, names in zip(arrays, in_names, strict=True) if array is not None and names]

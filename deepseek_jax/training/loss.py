@@ -5,6 +5,7 @@ from the whole batch first: accumulation, packing and sharding cannot change it.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,9 @@ from jax import lax
 from deepseek_jax.layers.context import valid_after_shift
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.exchange import gather_weight
 from deepseek_jax.parallel.ring import zigzag
-from deepseek_jax.parallel.rules import degree, shard
+from deepseek_jax.parallel.rules import axes_of, degree, on_mesh, sharded_map
 from deepseek_jax.types import Array, RouterStats
 
 
@@ -25,7 +27,9 @@ def cross_entropy_sum(
 ) -> Array:
     """Σ weight · −log softmax(hidden · w)[target], with the logits of at most `chunk` positions at once.
 
-    Where a gradient is asked for, each chunk's is computed while its logits exist, so that they are made once.
+    Where a gradient is asked for, each chunk's is computed while its logits exist, so that they are made once. On a mesh
+    every device has its own sequences, places and tokens of the vocabulary; it gathers the weight once, and the weight's
+    gradient is added up once.
 
     Args:
         hidden_BTD: state before the head.
@@ -38,9 +42,27 @@ def cross_entropy_sum(
     Returns:
         Scalar, float32 or wider.
     """
-    kept = None if kept is None else in_chunks(kept, chunk)
-    hidden, targets, weights = (in_chunks(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-    return _chunks_sum(hidden, w_DW, targets, weights, kept)
+    axes, chunk = HeadAxes(axes_of("embed"), axes_of("vocab")), max(chunk // degree("length"), 1)
+    everyone = (*axes_of("batch"), *axes_of("length"))
+
+    def local(hidden: Array, w: Array, targets: Array, weights: Array, *kept: Array) -> Array:
+        chunks = [in_chunks(x, chunk) for x in (hidden, targets, weights, *kept)]
+        total: Any = _chunks_sum(axes, chunks[0], w, chunks[1], chunks[2], chunks[3] if kept else None)
+        return lax.psum(total, everyone) if everyone else total
+
+    arguments = (hidden_BTD, w_DW, targets_BT, weights_BT, *(() if kept is None else (kept,)))
+    if not on_mesh():
+        return local(*arguments)
+    tokens = ("batch", "length")
+    in_names = ((*tokens, "none"), ("embed", "vocab"), tokens, tokens, *(() if kept is None else ((*tokens, "none"),)))
+    return sharded_map(local, in_names, ())(*arguments)
+
+
+class HeadAxes(NamedTuple):
+    """Mesh axes over which the head's weight is stored in parts."""
+
+    width: tuple[str, ...]
+    vocab: tuple[str, ...]
 
 
 def in_chunks(x: Array, chunk: int) -> Array:
@@ -78,49 +100,75 @@ def kept_logits(logits: Array, kept: Array | None) -> Array:
     return jnp.where((bits == 1) | ~kept.any(axis=-1, keepdims=True), logits, -jnp.inf)
 
 
-def _piece(hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None) -> tuple[Array, Array, Array]:
-    """Loss of one chunk, its probabilities [B, c, W] and where its targets are."""
+Piece = tuple[Array, Array, Array, Array | None]
+"""Hidden states, targets, weights and kept tokens of a chunk."""
+
+
+def _piece(axes: HeadAxes, w: Array, piece: Piece) -> tuple[Array, Array, Array]:
+    """Loss of one chunk, its probabilities [B, c, W] and where its targets are; W are this device's tokens."""
+    hidden, targets, weights, kept = piece
     wide = at_least_float32(hidden.dtype)
-    logits = jnp.einsum("bcd,dw->bcw", hidden, w.astype(hidden.dtype), preferred_element_type=wide)
-    logits = kept_logits(shard(logits, "batch", "length", "act_vocab"), kept)
-    highest = logits.max(axis=-1, keepdims=True)
+    logits = jnp.einsum("bcd,dw->bcw", hidden, w, preferred_element_type=wide)
+    first = lax.axis_index(axes.vocab) * w.shape[1] if axes.vocab else 0
+    if kept is not None:
+        whole = jnp.zeros(
+            (*logits.shape[:-1], w.shape[1] * lax.axis_size(axes.vocab) if axes.vocab else w.shape[1]), bool
+        )
+        whole = kept_logits(whole, kept)
+        kept = lax.dynamic_slice_in_dim(whole, first, w.shape[1], axis=-1)
+
+    def over_vocab(reduce: Any, x: Array) -> Array:
+        return reduce(x, axes.vocab) if axes.vocab else x
+
+    highest = over_vocab(lax.pmax, logits.max(axis=-1, keepdims=True))
     exponentials = jnp.exp(logits - highest)
-    total = exponentials.sum(axis=-1, keepdims=True)
+    total = over_vocab(lax.psum, exponentials.sum(axis=-1, keepdims=True))
     # A comparison, not a gather: it stays local where the vocabulary is sharded.
-    is_target = targets[..., None] == jnp.arange(w.shape[1])
-    target_logit = jnp.where(is_target, logits, 0).sum(axis=-1)
+    is_target = targets[..., None] == jnp.arange(w.shape[1]) + first
+    target_logit = over_vocab(lax.psum, jnp.where(is_target, logits, 0).sum(axis=-1))
     losses = jnp.log(total[..., 0]) + highest[..., 0] - target_logit
     return (losses * weights).sum(), exponentials / total, is_target
 
 
-@jax.custom_vjp
-def _chunks_sum(hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None) -> Array:
-    def step(total: Array, piece: tuple[Array, Array, Array, Array | None]) -> tuple[Array, None]:
-        return total + _piece(piece[0], w, *piece[1:])[0], None
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunks_sum(
+    axes: HeadAxes, hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None
+) -> Array:  # fmt: skip
+    whole = gather_weight(w, axes.width, 0, hidden.dtype.name)
+
+    def step(total: Array, piece: Piece) -> tuple[Array, None]:
+        return total + _piece(axes, whole, piece)[0], None
 
     start = jnp.zeros((), at_least_float32(hidden.dtype))
     return lax.scan(step, start, (hidden, targets, weights, kept))[0]
 
 
-def _chunks_fwd(hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None):
+def _chunks_fwd(
+    axes: HeadAxes, hidden: Array, w: Array, targets: Array, weights: Array, kept: Array | None
+):  # fmt: skip
     wide = at_least_float32(hidden.dtype)
+    whole = gather_weight(w, axes.width, 0, hidden.dtype.name)
 
-    def step(carry: tuple[Array, Array], piece: tuple[Array, Array, Array, Array | None]):
+    def step(carry: tuple[Array, Array], piece: Piece):
         total, dw = carry
-        h, targets_c, weights_c, kept_c = piece
-        loss, probabilities, is_target = _piece(h, w, targets_c, weights_c, kept_c)
-        d_logits = ((probabilities - is_target) * weights_c[..., None]).astype(h.dtype)
-        dh = jnp.einsum("bcw,dw->bcd", d_logits, w.astype(h.dtype), preferred_element_type=wide)
-        dw += jnp.einsum("bcd,bcw->dw", h, d_logits, preferred_element_type=wide)
-        return (total + loss, dw), dh.astype(h.dtype)
+        loss, probabilities, is_target = _piece(axes, whole, piece)
+        d_logits = ((probabilities - is_target) * piece[2][..., None]).astype(hidden.dtype)
+        dh = jnp.einsum("bcw,dw->bcd", d_logits, whole, preferred_element_type=wide)
+        dw += jnp.einsum("bcd,bcw->dw", piece[0], d_logits, preferred_element_type=wide)
+        return (total + loss, dw), dh.astype(hidden.dtype)
 
-    start = (jnp.zeros((), wide), jnp.zeros(w.shape, wide))
+    start = (jnp.zeros((), wide), jnp.zeros(whole.shape, wide))
     (total, dw), dh = lax.scan(step, start, (hidden, targets, weights, kept))
+    if axes.width:
+        dw = lax.psum_scatter(dw, axes.width, scatter_dimension=0, tiled=True)
     return total, (dh, dw.astype(w.dtype))
 
 
-def _chunks_bwd(residuals: tuple[Array, Array], d: Array):
+def _chunks_bwd(axes: HeadAxes, residuals: tuple[Array, Array], d: Array):
     dh, dw = residuals
+    # Every device's total depends on this device's tokens of the vocabulary; dh is their part of it, and the parts are
+    # added up where the shards of `hidden` meet again.
+    d = lax.psum(d, axes.vocab) if axes.vocab else d
     return (dh * d).astype(dh.dtype), (dw * d).astype(dw.dtype), None, None, None
 
 

@@ -73,7 +73,7 @@ def _boxed_state(config: RunConfig, key: Array) -> TrainState:
 
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """The state as `ShapeDtypeStruct`s, with shardings where a mesh is given. Makes no array."""
-    boxed = jax.eval_shape(lambda key: _boxed_state(config, key), jax.random.key(config.seed))
+    boxed = jax.eval_shape(lambda: _boxed_state(config, jax.random.key(config.seed)))
     return unbox(boxed) if mesh is None else sharded_shapes(mesh, boxed)
 
 

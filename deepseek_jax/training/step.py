@@ -96,6 +96,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
                     "max_violation": max_violation(stats.load),
                     "entropy": stats.entropy / pieces,
                     "dropped": stats.dropped / jnp.maximum(stats.load.sum(axis=-1), 1),
+                    "overflow": stats.overflow / jnp.maximum(stats.load.sum(axis=-1), 1),
                     **({"bias_spread": bias_spread(new.router[name])} if name in new.router else {}),
                 }
                 for name, stats in losses.router.items()

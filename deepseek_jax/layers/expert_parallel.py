@@ -1,0 +1,122 @@
+"""Routed experts on a mesh: every device gathers its experts' weights, tokens go to the experts, results come back.
+
+Two exchanges of tokens between the shards of the experts, both without a capacity:
+
+- `ragged`: pairs are sorted by expert, the shards tell one another how many there are, a ragged all-to-all moves them, a
+  second sort puts what came from many shards in order of the experts. A pair travels once.
+- `ring`: all tokens of the shards are gathered, every shard serves the pairs of its own experts, and the sums are reduced
+  and scattered. No ragged collective; cheaper where a token's experts lie on most shards, or tokens are few.
+
+Everything is local to one `shard_map`, so the same code runs where the experts are not split at all.
+"""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.layers.experts import few_tokens_experts, gather_rows, grouped_swiglu, routed_experts, sort_pairs
+from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, send_rows
+from deepseek_jax.parallel.rules import axes_of, sharded_map
+from deepseek_jax.types import Array
+
+Exchange = Literal["ragged", "ring"]
+_TOKENS = ("batch", "length", "none")
+_INWARD, _OUTWARD = ("expert", "expert_embed", "ffn"), ("expert", "ffn", "expert_embed")
+
+
+def parallel_experts(
+    x_BTD: Array, indices_BTX: Array, weights_BTX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array,
+    *, exchange: Exchange, buffer_factor: float | None, decoding: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """As `routed_experts`, under the ambient mesh.
+
+    Args:
+        x_BTD: tokens, spread over the mesh by batch and length.
+        indices_BTX: their experts.
+        weights_BTX: their gate weights, float32 or wider.
+        w_gate_EDF: as stored, like the other two; each device gathers its experts in the dtype of `x_BTD`.
+        w_up_EDF: see `w_gate_EDF`.
+        w_down_EFD: see `w_gate_EDF`.
+        exchange: how tokens get to their experts.
+        buffer_factor: places of a shard for the pairs it receives, over its even share of them; None: room for all that
+            can come. Pairs that find no place are left out and counted.
+        decoding: no gradient is wanted, and there may be few tokens.
+
+    Returns:
+        [B, T, D] in the dtype of `x_BTD`, and float32 []: pairs left out, on all devices.
+    """
+    experts, inner, storage = axes_of("expert"), axes_of("ffn"), axes_of("expert_embed")
+    everyone = (*axes_of("batch"), *axes_of("length"))
+    dtype, E = x_BTD.dtype.name, w_gate_EDF.shape[0]
+
+    def local(x_BTD: Array, indices: Array, weights: Array, *stored: Array) -> tuple[Array, Array]:
+        B, T, D = x_BTD.shape
+        X = indices.shape[-1]
+        x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
+        matrices = tuple(gather_weight(w, storage, dim, dtype) for w, dim in zip(stored, (1, 1, 2), strict=True))
+        if not experts:
+            arguments: Any = (x_MD, indices_MX, weights_MX, *matrices)
+            out_MD = few_tokens_experts(*arguments) if decoding else None
+            out_MD = routed_experts(*arguments) if out_MD is None else out_MD
+            left_out = jnp.zeros((), jnp.float32)
+        else:
+            S = lax.axis_size(experts)
+            most = S * B * T * min(X, E // S)
+            rows = most if buffer_factor is None else min(most, 8 * math.ceil(buffer_factor * B * T * X / 8))
+            serve = _ragged if exchange == "ragged" and not decoding else _ring
+            out_MD, left_out = serve(x_MD, indices_MX, weights_MX, matrices, E, rows, experts)
+        if inner:  # every device has summed over its part of F
+            out_MD = lax.psum(out_MD, inner)
+        return out_MD.reshape(B, T, D), lax.psum(left_out, everyone) if everyone else left_out
+
+    in_names = (_TOKENS, _TOKENS, _TOKENS, _INWARD, _INWARD, _OUTWARD)
+    mapped = sharded_map(local, in_names, (_TOKENS, ()))
+    return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
+
+
+def _ragged(
+    x_MD: Array, indices_MX: Array, weights_MX: Array, matrices: Any, E: int, rows: int, axes: tuple
+) -> tuple[Array, Array]:
+    me, S = lax.axis_index(axes), lax.axis_size(axes)
+    M, X = indices_MX.shape
+    order_P, place_MX, counts_E = sort_pairs(indices_MX, E)
+    counts_SE = lax.all_gather(counts_E, axes)
+    runs, kept_SE = plan_runs(counts_SE, rows)
+    mine_SE = lax.dynamic_slice_in_dim(kept_SE, me * (E // S), E // S, axis=1)
+    source_R, place_R = by_expert(mine_SE, rows)
+
+    x_PD = gather_rows(x_MD, order_P // X, place_MX)
+    x_RD = send_rows(x_PD, runs, rows, axes)
+    x_RD = checkpoint_name(gather_rows(x_RD, source_R, place_R[:, None]), "expert_in")
+    out_RD = checkpoint_name(grouped_swiglu(x_RD, *matrices, sizes_E=mine_SE.sum(axis=0)), "expert_out")
+    out_RD = gather_rows(out_RD, place_R, source_R[:, None])
+    out_PD = send_rows(out_RD, runs.back(), M * X, axes)
+    out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
+    out_MD = jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
+    return out_MD, (counts_SE[me] - kept_SE[me]).sum().astype(jnp.float32)
+
+
+def _ring(
+    x_MD: Array, indices_MX: Array, weights_MX: Array, matrices: Any, E: int, rows: int, axes: tuple
+) -> tuple[Array, Array]:
+    me, S = lax.axis_index(axes), lax.axis_size(axes)
+    X = indices_MX.shape[1]
+    x_AD, indices_AX, weights_AX = (lax.all_gather(a, axes, tiled=True) for a in (x_MD, indices_MX, weights_MX))
+    own = indices_AX - me * (E // S)
+    own = jnp.where((own >= 0) & (own < E // S), own, E // S)  # experts of other shards come last
+    order_P, _, counts_E = sort_pairs(own, E // S + 1)
+    ends_E = jnp.minimum(jnp.cumsum(counts_E[:-1]), rows)
+    sizes_E = jnp.diff(ends_E, prepend=0)
+    pair_R = order_P[:rows]
+    x_RD = checkpoint_name(x_AD[pair_R // X], "expert_in")
+    out_RD = checkpoint_name(grouped_swiglu(x_RD, *matrices, sizes_E=sizes_E), "expert_out")
+    served = jnp.arange(rows) < ends_E[-1]
+    weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
+    weighed = (out_RD.astype(weight_R.dtype) * weight_R[:, None]).astype(x_MD.dtype)
+    out_AD = jax.ops.segment_sum(weighed.astype(weight_R.dtype), pair_R // X, num_segments=len(x_AD))
+    out_MD = lax.psum_scatter(out_AD.astype(x_MD.dtype), axes, scatter_dimension=0, tiled=True)
+    return out_MD, (counts_E[:-1].sum() - ends_E[-1]).astype(jnp.float32)
