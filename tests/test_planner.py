@@ -183,10 +183,15 @@ def test_money(tmp_path):
         ("deepseek-v2-lite --topology v5e:8x8 --mesh fsdp=64,fsdp=1", "given twice"),
         ("deepseek-v2-lite --topology v5e:8x8 --mesh fsdp", "AXIS=NUMBER"),
         ("deepseek-v2-lite --topology v5e:8x8 --batch 100", "the nearest batch that works is 128"),
-        ("deepseek-v2-lite --topology v5e:8x8 --mesh fsdp=8,context=8 --seq 1001", "the nearest that works is 1000"),
+        (
+            "deepseek-v2-lite --topology v5e:8x8 --mesh fsdp=8,context=8 --seq 1001",
+            "lengths that work are 992 or 1008",
+        ),
         ("deepseek-v3 --topology h100:40x8 --mesh expert=320", "the nearest that does is 256"),
         ("deepseek-v2-lite --topology v5e:16x16 --slices 2 --mesh fsdp=512", "slice = 1; both must be the same"),
         ("deepseek-v2-lite --topology v5e:8x8 --seq 1000000", "max_position_embeddings = 163840"),
+        ("deepseek-v2-lite --topology v5e:8x8 --set num_layers=3", "must be FIELD=VALUE of a model"),
+        ("deepseek-v2-lite --topology v5e:8x8 --set num_hidden_layers=many", "--set num_hidden_layers=many"),
         ("nowhere.py --topology v5e:8x8", "no such config file"),
     ],
 )

@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     add("--remat", choices=("none", "v3", "full"), help="what the backward pass recomputes")
     add("--moments", choices=("float32", "bfloat16"), help="dtype of the optimizer's moments")
     add("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the stored parameters")
+    add(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model; may be repeated"
+    )
     add("--no-mtp", action="store_true", help="without multi-token modules")
     add("--microbatches", type=int, metavar="M", help="of a pipeline over the mesh's stages")
     add("--chunks", type=int, default=1, metavar="V", help="runs of layers a stage has in it (default: %(default)s)")
@@ -115,7 +118,9 @@ def _requests(flags: argparse.Namespace) -> list[Any]:
     }  # fmt: skip
     if flags.search:
         given["batch"] = None  # which divides on one mesh and not on the next
-    return [make_request(what, name, mesh, mtp=not flags.no_mtp, slices=slices, **given) for name in names]
+    return [
+        make_request(what, name, mesh, mtp=not flags.no_mtp, fields=flags.set, slices=slices, **given) for name in names
+    ]
 
 
 def _search(flags: argparse.Namespace, requests: list[Any]) -> None:

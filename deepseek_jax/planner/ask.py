@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.analysis import Plan, analyse
-from deepseek_jax.planner.request import PlanRequest, Step, changed, parse_mesh, run_of
+from deepseek_jax.planner.request import PlanRequest, Step, changed, parse_fields, parse_mesh, run_of
 from deepseek_jax.planner.topology import Topology, parse_topology
+from deepseek_jax.serialize import check_types
 from deepseek_jax.training.config import RunConfig
 
 
@@ -37,10 +38,11 @@ def make_request(
     schedule: Schedule | None = None,
     tokens: float | None = None,
     slices: int | None = None,
-    model_fields: Mapping[str, Any] | None = None,
+    fields: Sequence[str] = (),
 ) -> PlanRequest:
     """The request that these words mean. What is not given is what the run says, or for a model: 4,096 tokens (or as many
-    as it takes), one sequence for each shard of the batch, all devices along fsdp.
+    as it takes), one sequence for each shard of the batch, all devices along fsdp. `fields` are those of the model to change,
+    such as ("num_hidden_layers=4",).
 
     Raises:
         ValueError: an unknown name (the closest is given), degrees or a batch that do not fit (the nearest that would).
@@ -58,8 +60,12 @@ def make_request(
     if isinstance(topology, str):
         topology = parse_topology(topology, max(mesh.slice, 1) if slices is None else slices)
     degrees = mesh.resolved(topology.devices)
-    if model_fields:
-        model = replace(model, **model_fields)
+    if fields:
+        try:
+            model = replace(model, **parse_fields(model, fields))  # type: ignore[arg-type]
+        except TypeError as error:  # a text where a number belongs
+            raise ValueError(f"--set {' '.join(fields)}: {error}") from None
+        check_types(model)
     run = given or run_of(model, batch_size=1, seq_len=seq or min(4096, model.max_position_embeddings))
     pipeline = run.pipeline if degrees["stage"] > 1 else None
     run = replace(run, model=model, mesh=mesh, pipeline=pipeline, seq_len=seq or run.seq_len)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -11,6 +13,7 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.hardware import Device
 from deepseek_jax.parallel.bubbles import Schedule, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.ring import check_length
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.topology import Topology
 from deepseek_jax.training.config import AdamW, RunConfig
@@ -56,13 +59,7 @@ class PlanRequest:
                 f"batch {self.run.batch_size} in {self.run.accumulation} piece(s): {rows} sequences are not divisible by "
                 f"{axes} = {split}; the nearest batch that works is {near}"
             )
-        length = self.split("length")
-        if self.run.seq_len % length:
-            near = max(1, round(self.run.seq_len / length)) * length
-            raise ValueError(
-                f"seq {self.run.seq_len} is not divisible by context {length}; the nearest that works is {near}"
-            )
-
+        check_length(self.run.seq_len, self.split("length"), "seq")
         if (pipeline := self.run.pipeline) is not None:
             stages = self.degrees["stage"]
             pipeline.check_layers(stages, self.model.num_moe_layers or self.model.num_dense_layers)
@@ -160,3 +157,25 @@ def changed(
 def described(request: PlanRequest) -> str:
     """The mesh in words: "fsdp 64 × expert 8"."""
     return " × ".join(f"{axis} {n}" for axis, n in request.degrees.items() if n > 1) or "one device"
+
+
+def parse_fields(model: ModelConfig, words: Sequence[str]) -> dict[str, object]:
+    """Fields of a model as typed: "num_hidden_layers=4", "dtype=bfloat16".
+
+    Raises:
+        ValueError: no such field (the closest is named), or no value.
+    """
+    known = [field.name for field in fields(model)]
+    found: dict[str, object] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in known or not equals:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            raise ValueError(
+                f"--set {word!r}: must be FIELD=VALUE of a model; did you mean {close[0] if close else known}?"
+            )
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
