@@ -21,10 +21,8 @@ class Tensor:
     """Of one device, in one layer."""
     expert: bool = False
     """Rows of routed experts."""
-
-    @property
-    def saved_by_v3(self) -> bool:
-        return self.name in V3_SAVED
+    read: bool = True
+    """The backward pass reads it; others are there while the layer runs alone."""
 
 
 def expert_rows(request: PlanRequest) -> float:
@@ -43,37 +41,40 @@ def expert_rows(request: PlanRequest) -> float:
 
 
 def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
-    """All intermediates that the backward pass of one layer reads, of one device."""
+    """The intermediates of one layer, of one device."""
     model = request.model
     item, tokens = ITEM[model.dtype], request.rows * request.length
     heads, ffn_split = request.split("act_heads"), request.split("act_ffn")
     D = model.hidden_size
 
-    def of(name: str, width: float, itemsize: int = item, rows: float = tokens, expert: bool = False) -> Tensor:
-        return Tensor(name, rows * width * itemsize, expert)
+    def of(name: str, width: float, itemsize: int = item, rows: float = tokens, **kind: bool) -> Tensor:
+        return Tensor(name, rows * width * itemsize, **kind)
 
-    found = [of("block_in", D), of("attention_norm", D), *_attention(request, of, heads), of("block_attention", D)]
+    found = [of("block_in", D), of("attention_norm", D), *_attention(request, of, heads)]
+    found += [of("block_attention", D, read=False)]
     found += [of("residual", D), of("ffn_norm", D)]
     ffn = model.ffn
     if not moe:
         width = ffn.intermediate_size / ffn_split
-        return [*found, of("ffn_gate", width), of("ffn_up", width), of("ffn_hidden", width), of("block_ffn", D)]
+        return [*found, of("ffn_gate", width), of("ffn_up", width), of("ffn_hidden", width)]
     assert isinstance(ffn, MoE)
     rows, E, X, F = expert_rows(request), ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.moe_intermediate_size
     found += [of("router_logits", E, 4), of("router_scores", E, 4)]
-    found += [of("expert_sent", X * D, expert=True)] if request.split("expert") > 1 else []
+    if request.split("expert") > 1:  # sorted, sent, sorted again, and all the way back
+        found += [of("expert_sent", X * D, expert=True, read=False)]
+        found += [of(name, D, rows=rows, expert=True, read=False) for name in ("expert_received", "expert_returned")]
     found += [
         of("expert_in", D, rows=rows, expert=True),
         of("expert_gate", F / ffn_split, rows=rows, expert=True),
         of("expert_up", F / ffn_split, rows=rows, expert=True),
         of("expert_hidden", F / ffn_split, rows=rows, expert=True),
-        of("expert_out", D, rows=rows, expert=True),
-        of("expert_back", X * D, expert=True),
+        of("expert_out", D, rows=rows, expert=True, read=False),
+        of("expert_back", X * D, max(item, 4), expert=True),  # weighed in the dtype of the gate
     ]
     if ffn.n_shared_experts:
         width = ffn.n_shared_experts * F / ffn_split
         found += [of("ffn_gate", width), of("ffn_up", width), of("ffn_hidden", width)]
-    return [*found, of("block_ffn", D)]
+    return found
 
 
 def _attention(request: PlanRequest, of, heads: int) -> list[Tensor]:
@@ -83,13 +84,17 @@ def _attention(request: PlanRequest, of, heads: int) -> list[Tensor]:
         K = c.num_key_value_heads / request.split("act_kv_heads")
         H = c.head_dim
         return [
-            of("q", N * H), of("q_rotated", N * H), of("k", K * H), of("k_rotated", K * H), of("v", K * H),
-            of("attention", N * H), of("attention_lse", N, 4),
+            of("q", N * H, read=False), of("q_rotated", N * H), of("k", K * H, read=False), of("k_rotated", K * H),
+            of("v", K * H), of("attention", N * H), of("attention_lse", N, 4),
         ]  # fmt: skip
     C, P, R, V = c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    query = [of("q", N * (P + R))] if c.q_lora_rank is None else [of("c_q", c.q_lora_rank), of("q_norm", c.q_lora_rank)]
+    query = (
+        [of("q", N * (P + R), read=False)]
+        if c.q_lora_rank is None
+        else [of("c_q", c.q_lora_rank), of("q_norm", c.q_lora_rank)]
+    )
     return [
-        *query, of("q_rotated", N * (P + R)), of("c_kv", C), of("kv_norm", C), of("k_rope", R),
+        *query, of("q_rotated", N * (P + R)), of("c_kv", C), of("kv_norm", C), of("k_rope", R, read=False),
         of("k_written_out", N * (P + R)), of("v_written_out", N * V), of("attention", N * V), of("attention_lse", N, 4),
     ]  # fmt: skip
 
@@ -98,5 +103,5 @@ def saved(request: PlanRequest, tensors: list[Tensor]) -> list[Tensor]:
     """Those that the forward pass keeps for the backward pass, by `ModelConfig.remat`."""
     remat = request.model.remat
     if remat == "none":
-        return tensors
-    return [t for t in tensors if t.name == "block_in" or (remat == "v3" and t.saved_by_v3)]
+        return [t for t in tensors if t.read]
+    return [t for t in tensors if t.name == "block_in" or (remat == "v3" and t.name in V3_SAVED)]

@@ -210,6 +210,7 @@ def _apart(
 
 def op_names(text: str) -> dict[str, str]:
     """Instruction -> its op_name, from the model down; "parameter(3)" -> the argument."""
+    text = text.replace("\\'", "'")
     pairs = re.findall(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
     entry = text[text.find("\nENTRY") :]
     arguments = re.findall(r'(parameter\(\d+\)).*?op_name="([^"]*)"', entry)

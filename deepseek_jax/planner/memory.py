@@ -150,12 +150,17 @@ def _activations(request: PlanRequest) -> Iterable[Buffer]:
 
 def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
     """What the largest layer needs while it runs: its gathered weights, their gradients, its intermediates."""
-    degrees, compute = request.degrees, ITEM[request.model.dtype]
+    model, degrees = request.model, request.degrees
+    compute = ITEM[model.dtype]
 
     def gathered(stack: str) -> list[int]:
         return [used(leaf, degrees) * compute for leaf in found if leaf.stack == stack and not leaf.wide]
 
     stacks = _stacks(request)
+    if model.dtype != model.param_dtype:
+        # The compiler takes the cast out of the loop over layers: a copy of every shard, from the forward pass on.
+        cast = sum(stored(leaf, degrees) for leaf in found if leaf.stack and not leaf.wide) * compute
+        yield Buffer("stored weights in the compute dtype", "weights in use", cast, PHASES[:3])
     if request.topology.devices > 1:
         weights = max((sum(gathered(name)) for name, _, _ in stacks), default=0)
         yield Buffer("gathered weights of one layer", "weights in use", weights, ("forward", "backward"))
@@ -166,7 +171,7 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
         yield Buffer("weights of one layer in the compute dtype", "weights in use", one, ("forward", "backward"))
     works = [layer_tensors(request, moe) for _, _, moe in stacks]
     largest = max(works, key=lambda tensors: sum(t.bytes for t in tensors))
-    again = [t for t in largest if t not in saved(request, largest)]
+    again = [t for t in largest if t.read and t not in saved(request, largest)]
     yield from _work("recomputed", again)
     yield from _work("gradients of", _cotangents(largest))
 
@@ -198,6 +203,13 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     whole = used(head, degrees)
     yield Buffer("gathered head", "loss", whole * ITEM[model.dtype], ("loss",))
     yield Buffer("gradient of the head", "loss", whole * 4, ("loss",))
+    if request.topology.devices > 1:
+        # Compiled programs hold it a second time while it is added up, and the embedding whole, with its gradient.
+        yield Buffer("gradient of the head, added up", "loss", whole * 4, ("loss",))
+        table = used(next(leaf for leaf in leaves(model) if leaf.part == "embedding"), degrees) * ITEM[model.dtype]
+        yield Buffer("gathered embedding", "embedding in use", table, ("forward",))
+        for which in ("gradient of the embedding", "gradient of the embedding, added up"):
+            yield Buffer(which, "embedding in use", table, ("backward",))
 
 
 def cache_bytes(request: PlanRequest) -> dict[str, int]:
