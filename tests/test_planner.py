@@ -15,6 +15,7 @@ from deepseek_jax.cli import main
 from deepseek_jax.parallel import presets
 from deepseek_jax.parallel.bubbles import bubble, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
+from deepseek_jax.planner.advice import changes
 from deepseek_jax.planner.ask import make_request
 from deepseek_jax.planner.memory import memory_of
 from deepseek_jax.planner.topology import parse_topology
@@ -308,3 +309,20 @@ def test_search_finds_what_fits(capsys):
     out = capsys.readouterr().out
     assert "USD a million tokens" in out and "v5e:4x8" in out
     assert main.main(["plan", *["deepseek-v2-lite", "--topology", "v5e:4x4,v5p:2x2x1"]]) == 2
+
+
+def test_exchanges_of_experts():
+    """Room for all that can come is the mesh's size over the even share; the ring brings every token to every shard."""
+
+    def of(*fields: str):
+        return dsj.plan("deepseek-v3", "v5p:8x8x8", "fsdp=64,expert=8", remat="full", moments="bfloat16", fields=fields)
+
+    whole, bounded, ring = of(), of("expert_buffer_factor=1.5"), of("expert_exchange=ring", "expert_buffer_factor=1.5")
+
+    def rows(plan) -> int:
+        return next(b.bytes for b in plan.memory.buffers if b.name == "recomputed expert_in")
+
+    assert rows(whole) == 2 * 7168 * 8 * 4096 * 8 and rows(bounded) == rows(ring) == rows(whole) * 1.5 / 8
+    assert any("expert_buffer_factor" in change.what for change in changes(whole.request))
+    moved = [next(c.bytes for c in plan.traffic if "experts" in c.name) for plan in (bounded, ring)]
+    assert moved[0] == pytest.approx(moved[1]), "eight experts a token over eight shards: as many rows either way"

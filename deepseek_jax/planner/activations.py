@@ -34,10 +34,9 @@ def expert_rows(request: PlanRequest) -> float:
     even = tokens * ffn.num_experts_per_tok  # what all shards send is spread evenly over them
     if shards == 1:
         return even
-    factor = getattr(request.model, "expert_buffer_factor", 1.0)
-    if factor is None or getattr(request.model, "expert_exchange", "ragged") == "ring":
-        return tokens * shards * min(ffn.num_experts_per_tok, ffn.n_routed_experts // shards)
-    return even * factor
+    most = tokens * shards * min(ffn.num_experts_per_tok, ffn.n_routed_experts // shards)
+    factor = request.model.expert_buffer_factor
+    return most if factor is None else min(most, factor * even)
 
 
 def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
@@ -60,7 +59,10 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
     assert isinstance(ffn, MoE)
     rows, E, X, F = expert_rows(request), ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.moe_intermediate_size
     found += [of("router_logits", E, 4), of("router_scores", E, 4)]
-    if request.split("expert") > 1:  # sorted, sent, sorted again, and all the way back
+    shards = request.split("expert")
+    if shards > 1 and model.expert_exchange == "ring":
+        found += [of(name, shards * D, expert=True, read=False) for name in ("expert_gathered", "expert_summed")]
+    elif shards > 1:  # sorted, sent, sorted again, and all the way back
         found += [of("expert_sent", X * D, expert=True, read=False)]
         found += [of(name, D, rows=rows, expert=True, read=False) for name in ("expert_received", "expert_returned")]
     found += [

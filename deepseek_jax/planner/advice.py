@@ -51,6 +51,12 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         if (less := _fewer_rows(together)) is not None:
             together = less[1]
             names.append(less[0])
+    if request.split("expert") > 1 and model.expert_buffer_factor is None:
+        bounded = replace(model, expert_buffer_factor=1.5)
+        yield "--set expert_buffer_factor=1.5", replace(request, run=replace(run, model=bounded))
+        bounded = replace(together.model, expert_buffer_factor=1.5)
+        together = replace(together, run=replace(together.run, model=bounded))
+        names.append("--set expert_buffer_factor=1.5")
     if len(names) > 1:
         yield " ".join(names), together
     yield from _more_experts(request)

@@ -48,6 +48,10 @@ def _head(plan: Plan) -> Iterator[str]:
     if request.trains:
         moments = run.optimizer.moment_dtype
         yield f"  kept      parameters {model.param_dtype}, moments {moments}, compute {model.dtype}, remat {model.remat}"
+    if request.split("expert") > 1:
+        factor = model.expert_buffer_factor
+        room = "room for all that can come" if factor is None else f"{factor:g} of an even share"
+        yield f"  experts   {model.expert_exchange} exchange, buffers with {room}"
 
 
 def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:

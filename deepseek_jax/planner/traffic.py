@@ -115,10 +115,13 @@ def _layers(request: PlanRequest, passes: int, pieces: int) -> Iterable[Collecti
     if isinstance(model.ffn, MoE):
         n = degrees["expert"]
         moe = model.num_moe_layers + layers - model.num_hidden_layers
-        each = tokens * model.ffn.num_experts_per_tok * D * item * (n - 1) / n
+        ring = model.expert_exchange == "ring" or not request.trains
+        # A pair travels once to its expert; on the ring all tokens travel to all.
+        each = tokens * D * item * (n - 1) * (1 if ring else model.ffn.num_experts_per_tok / n)
         # Out and back are two; the backward pass moves both again, and a full recomputation sends once more.
         times = {1: 2, 3: 4, 4: 5}[passes]
-        yield _one(request, "tokens to experts and back", ("expert",), pieces * moe * each * times, all_to_all=True)
+        what = "tokens to experts and back"
+        yield _one(request, what, ("expert",), pieces * moe * each * times, all_to_all=not ring)
     n = degrees["context"]
     c = model.attention
     width = 2 * c.num_key_value_heads * c.head_dim if isinstance(c, GQA) else c.kv_lora_rank + c.qk_rope_head_dim
