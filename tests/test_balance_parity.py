@@ -223,7 +223,12 @@ def test_every_router_is_updated_by_its_own_load():
     def stats(loads):
         zero = jnp.zeros(len(loads))
         return RouterStats(
-            load=jnp.asarray(loads, jnp.float32), balance_loss={}, entropy=zero, dropped=zero, overflow=zero, valid_sequences=zero
+            load=jnp.asarray(loads, jnp.float32),
+            balance_loss={},
+            entropy=zero,
+            dropped=zero,
+            overflow=zero,
+            valid_sequences=zero,
         )
 
     bias = {"ffn": {"router": {"bias": jnp.zeros((1, 4))}}}

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def main() -> None:
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, BATCH_AXES, shape))
     with use_mesh(mesh):
         text = step.lower(state, {"tokens": ids, "segment_ids": ids}).compile().as_text() or ""
-    report = dict(
+    report: dict[str, Any] = dict(
         kernels=text.count('custom_call_target="tpu_custom_call"'),
         moved=re.findall(r"= \(?\w+\[([\d,]+)\][^=]* collective-permute-start\(", text),
         shapes=sorted(set(re.findall(r"(?:bf16|f32)\[([\d,]+)\]", text))),

@@ -23,10 +23,10 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "expert": ({"expert": 8}, {}),
     "expert, ring": ({"expert": 4}, {"expert_exchange": "ring"}),
     "tensor": ({"data": 4, "tensor": 2}, {}),
-    "context": ({"data": 4, "context": 2}, {}),
     "stage": ({"data": 4, "stage": 2}, {}),
     "fsdp × expert": ({"fsdp": 2, "expert": 4}, {}),
     "fsdp × expert × tensor": ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
+    "expert × context × tensor": ({"expert": 2, "context": 2, "tensor": 2}, {}),
     "expert × context": ({"expert": 2, "context": 2, "fsdp": 2}, {}),
     "slice × fsdp × expert, ring": ({"slice": 2, "fsdp": 2, "expert": 2}, {"expert_exchange": "ring"}),
 }
