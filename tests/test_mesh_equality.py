@@ -23,6 +23,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "expert": ({"expert": 8}, {}),
     "expert, ring": ({"expert": 4}, {"expert_exchange": "ring"}),
     "tensor": ({"data": 4, "tensor": 2}, {}),
+    "context": ({"data": 4, "context": 2}, {}),
     "stage": ({"data": 4, "stage": 2}, {}),
     "fsdp × expert": ({"fsdp": 2, "expert": 4}, {}),
     "fsdp × expert × tensor": ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
