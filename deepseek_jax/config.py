@@ -254,12 +254,15 @@ class ModelConfig:
     expert_buffer_factor: float | None = None
     """Places of a shard for the token-expert pairs it receives, over its even share; None: room for all that can come.
     Pairs that find no place are left out, counted and logged as `overflow`."""
+    expert_gather_parts: int = 1
+    """Runs in which a device of a mesh gathers its experts' weights and serves their tokens: more take less memory at once,
+    and gather once more for the backward pass."""
     assumed: tuple[str, ...] = ()
     """Fields that the paper leaves open and this registry fills in."""
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
-        _positive(self, "rms_norm_eps", "initializer_range")
+        _positive(self, "rms_norm_eps", "initializer_range", "expert_gather_parts")
         _not_negative(self, "num_nextn_predict_layers")
 
         def check(condition: bool, field: str, remedy: str) -> None:

@@ -11,6 +11,8 @@ Everything is local to one `shard_map`, so the same code runs where the experts 
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -18,7 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.layers.experts import few_tokens_experts, gather_rows, grouped_swiglu, routed_experts, sort_pairs
+from deepseek_jax.layers.experts import (
+    Swiglu,
+    few_tokens_experts,
+    gather_rows,
+    grouped_swiglu,
+    sort_pairs,
+    sorted_experts,
+)
 from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, send_rows
 from deepseek_jax.parallel.rules import axes_of, sharded_map
 from deepseek_jax.types import Array
@@ -30,7 +39,7 @@ _INWARD, _OUTWARD = ("expert", "expert_embed", "ffn"), ("expert", "ffn", "expert
 
 def parallel_experts(
     x_BTD: Array, indices_BTX: Array, weights_BTX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array,
-    *, exchange: Exchange, buffer_factor: float | None, decoding: bool,
+    *, exchange: Exchange, buffer_factor: float | None, gather_parts: int, decoding: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
     """As `routed_experts`, under the ambient mesh.
 
@@ -44,6 +53,7 @@ def parallel_experts(
         exchange: how tokens get to their experts.
         buffer_factor: places of a shard for the pairs it receives, over its even share of them; None: room for all that
             can come. Pairs that find no place are left out and counted.
+        gather_parts: runs in which a device gathers its experts and serves their rows, one after the other.
         decoding: no gradient is wanted, and there may be few tokens.
 
     Returns:
@@ -57,18 +67,18 @@ def parallel_experts(
         B, T, D = x_BTD.shape
         X = indices.shape[-1]
         x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
-        matrices = tuple(gather_weight(w, storage, dim, dtype) for w, dim in zip(stored, (1, 1, 2), strict=True))
+        whole = partial(_gathered, axes=storage, dtype=dtype)
+        swiglu = partial(_in_parts, gather_parts, stored, whole)
         if not experts:
-            arguments: Any = (x_MD, indices_MX, weights_MX, *matrices)
-            out_MD = few_tokens_experts(*arguments) if decoding else None
-            out_MD = routed_experts(*arguments) if out_MD is None else out_MD
+            few = few_tokens_experts(x_MD, indices_MX, weights_MX, *whole(stored)) if decoding else None
+            out_MD = sorted_experts(x_MD, indices_MX, weights_MX, E, swiglu) if few is None else few
             left_out = jnp.zeros((), jnp.float32)
         else:
             S = lax.axis_size(experts)
             most = S * B * T * min(X, E // S)
             rows = most if buffer_factor is None else min(most, 8 * math.ceil(buffer_factor * B * T * X / 8))
             serve = _ragged if exchange == "ragged" and not decoding else _ring
-            out_MD, left_out = serve(x_MD, indices_MX, weights_MX, matrices, E, rows, experts)
+            out_MD, left_out = serve(x_MD, indices_MX, weights_MX, swiglu, E, rows, experts)
         if inner:  # every device has summed over its part of F
             out_MD = lax.psum(out_MD, inner)
         return out_MD.reshape(B, T, D), lax.psum(left_out, everyone) if everyone else left_out
@@ -78,8 +88,35 @@ def parallel_experts(
     return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
+def _gathered(stored: Sequence[Array], axes: tuple[str, ...], dtype: str) -> Any:
+    return tuple(gather_weight(w, axes, dim, dtype) for w, dim in zip(stored, (1, 1, 2), strict=True))
+
+
+def _in_parts(parts: int, stored: Sequence[Array], whole: Any, x_PD: Array, sizes_E: Array) -> Array:
+    """`grouped_swiglu` of rows in order of their experts, with the weights of E / parts experts at a time."""
+    if parts == 1:
+        return grouped_swiglu(x_PD, *whole(stored), sizes_E=sizes_E)
+    E = len(sizes_E)
+    if E % parts:
+        raise ValueError(f"ModelConfig.expert_gather_parts = {parts}: must divide the {E} experts of a device")
+    sizes_GE = sizes_E.reshape(parts, -1)
+    ends_G = jnp.cumsum(sizes_GE.sum(axis=1))
+
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    def of_part(x_PD: Array, part: tuple[Any, Array, Array]) -> Array:
+        matrices, sizes_E, first = part
+        out_PD = grouped_swiglu(jnp.roll(x_PD, -first, axis=0), *whole(matrices), sizes_E=sizes_E)
+        return jnp.roll(out_PD, first, axis=0)  # rows of other parts are zero
+
+    def add(out_PD: Array, part: tuple[Any, Array, Array]) -> tuple[Array, None]:
+        return out_PD + of_part(x_PD, part), None
+
+    runs = tuple(w.reshape(parts, E // parts, *w.shape[1:]) for w in stored)
+    return lax.scan(add, jnp.zeros_like(x_PD), (runs, sizes_GE, ends_G - sizes_GE.sum(axis=1)))[0]
+
+
 def _ragged(
-    x_MD: Array, indices_MX: Array, weights_MX: Array, matrices: Any, E: int, rows: int, axes: tuple
+    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple
 ) -> tuple[Array, Array]:
     me, S = lax.axis_index(axes), lax.axis_size(axes)
     M, X = indices_MX.shape
@@ -92,7 +129,7 @@ def _ragged(
     x_PD = gather_rows(x_MD, order_P // X, place_MX)
     x_RD = send_rows(x_PD, runs, rows, axes)
     x_RD = checkpoint_name(gather_rows(x_RD, source_R, place_R[:, None]), "expert_in")
-    out_RD = checkpoint_name(grouped_swiglu(x_RD, *matrices, sizes_E=mine_SE.sum(axis=0)), "expert_out")
+    out_RD = checkpoint_name(swiglu(x_RD, mine_SE.sum(axis=0)), "expert_out")
     out_RD = gather_rows(out_RD, place_R, source_R[:, None])
     out_PD = send_rows(out_RD, runs.back(), M * X, axes)
     out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
@@ -101,7 +138,7 @@ def _ragged(
 
 
 def _ring(
-    x_MD: Array, indices_MX: Array, weights_MX: Array, matrices: Any, E: int, rows: int, axes: tuple
+    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple
 ) -> tuple[Array, Array]:
     me, S = lax.axis_index(axes), lax.axis_size(axes)
     X = indices_MX.shape[1]
@@ -113,7 +150,7 @@ def _ring(
     sizes_E = jnp.diff(ends_E, prepend=0)
     pair_R = order_P[:rows]
     x_RD = checkpoint_name(x_AD[pair_R // X], "expert_in")
-    out_RD = checkpoint_name(grouped_swiglu(x_RD, *matrices, sizes_E=sizes_E), "expert_out")
+    out_RD = checkpoint_name(swiglu(x_RD, sizes_E), "expert_out")
     served = jnp.arange(rows) < ends_E[-1]
     weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
     weighed = (out_RD.astype(weight_R.dtype) * weight_R[:, None]).astype(x_MD.dtype)

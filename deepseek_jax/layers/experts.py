@@ -1,5 +1,8 @@
 """Dropless routed experts: sort token-expert pairs by expert, one grouped product a matrix, back, weigh and add up."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -28,6 +31,10 @@ def _gather_bwd(place_MX: Array, d_PD: Array):
 
 
 gather_rows.defvjp(_gather_fwd, _gather_bwd)
+
+
+Swiglu = Callable[[Array, Array], Array]
+"""(rows [P, D] in order of their experts, rows of each expert [E]) -> [P, D]; zero for rows of no expert."""
 
 
 def sort_pairs(indices_MX: Array, experts: int) -> tuple[Array, Array, Array]:
@@ -66,10 +73,18 @@ def routed_experts(
     Returns:
         [M, D] in the dtype of `x_MD`; the weighted sum itself is float32 or wider.
     """
+    swiglu = partial(grouped_swiglu, w_gate_EDF=w_gate_EDF, w_up_EDF=w_up_EDF, w_down_EFD=w_down_EFD)
+    return sorted_experts(
+        x_MD, indices_MX, weights_MX, len(w_gate_EDF), lambda x_PD, sizes_E: swiglu(x_PD, sizes_E=sizes_E)
+    )
+
+
+def sorted_experts(x_MD: Array, indices_MX: Array, weights_MX: Array, experts: int, swiglu: Swiglu) -> Array:
+    """`routed_experts` with the products left to `swiglu`."""
     M, X = indices_MX.shape
-    order_P, place_MX, sizes_E = sort_pairs(indices_MX, w_gate_EDF.shape[0])
+    order_P, place_MX, sizes_E = sort_pairs(indices_MX, experts)
     x_PD = checkpoint_name(gather_rows(x_MD, order_P // X, place_MX), "expert_in")
-    out_PD = checkpoint_name(grouped_swiglu(x_PD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E=sizes_E), "expert_out")
+    out_PD = checkpoint_name(swiglu(x_PD, sizes_E), "expert_out")
     out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
     return jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
 

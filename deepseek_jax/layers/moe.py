@@ -29,6 +29,7 @@ class Experts(nn.Module):
     stddev: float
     exchange: Exchange = "ragged"
     buffer_factor: float | None = None
+    gather_parts: int = 1
 
     @nn.compact
     def __call__(
@@ -51,7 +52,8 @@ class Experts(nn.Module):
         if on_mesh():
             return parallel_experts(
                 x_BTD, indices_BTX, weights_BTX, *matrices,
-                exchange=self.exchange, buffer_factor=self.buffer_factor, decoding=decoding,
+                exchange=self.exchange, buffer_factor=self.buffer_factor, gather_parts=self.gather_parts,
+                decoding=decoding,
             )  # fmt: skip
         flat = (x.reshape(B * T, -1) for x in (x_BTD, indices_BTX, weights_BTX))
         arguments = (*flat, *(w.astype(x_BTD.dtype) for w in matrices))
@@ -68,6 +70,7 @@ class MoELayer(nn.Module):
     stddev: float
     exchange: Exchange = "ragged"
     buffer_factor: float | None = None
+    gather_parts: int = 1
 
     @nn.compact
     def __call__(self, x_BTD: Array, context: Context, recorded_BTX: Array | None = None) -> tuple[Array, RouterStats]:
@@ -86,7 +89,7 @@ class MoELayer(nn.Module):
             weights = weights * kept
         experts = Experts(
             c.n_routed_experts, c.moe_intermediate_size, exchange=self.exchange, buffer_factor=self.buffer_factor,
-            name="experts", **kwargs,
+            gather_parts=self.gather_parts, name="experts", **kwargs,
         )  # fmt: skip
         out, overflow = experts(x_BTD, indices, weights, decoding=context.positions is not None)
         out = shard(out, "batch", "length", "act_embed")

@@ -56,8 +56,9 @@ class Block(nn.Module):
         if self.moe:
             assert isinstance(c.ffn, MoE)
             moe = MoELayer(
-                c.ffn, exchange=c.expert_exchange, buffer_factor=c.expert_buffer_factor, name="ffn", **kwargs
-            )
+                c.ffn, exchange=c.expert_exchange, buffer_factor=c.expert_buffer_factor,
+                gather_parts=c.expert_gather_parts, name="ffn", **kwargs,
+            )  # fmt: skip
             out_BTD, stats = moe(normed, context, recorded_BTX)
             return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
