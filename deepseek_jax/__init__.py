@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from deepseek_jax.models.counts import Counts, count_params
     from deepseek_jax.models.registry import get_config, list_configs
     from deepseek_jax.models.transformer import DeepSeek
+    from deepseek_jax.parallel.hosts import connect_hosts
     from deepseek_jax.planner.analysis import Plan
     from deepseek_jax.planner.ask import plan
     from deepseek_jax.posttrain.distill import distill
@@ -62,6 +63,7 @@ _HOME = {
     "plan": "planner.ask",
     "Plan": "planner.analysis",
     "train": "training",
+    "connect_hosts": "parallel.hosts",
     "certify": "training",
     "sft": "posttrain.sft",
     "SFT": "posttrain.sft",
@@ -135,6 +137,7 @@ __all__ = [
     "YarnScaling",
     "__version__",
     "certify",
+    "connect_hosts",
     "continue_text",
     "count_params",
     "distill",

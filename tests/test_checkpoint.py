@@ -259,7 +259,7 @@ def test_nothing_on_disk_is_pickled_and_nothing_is_said(tmp_path, capfd):
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
     assert logging.getLogger("absl").level == logging.ERROR
-    [iterator_state] = (tmp_path / "1" / "data").glob("process_*.json")
+    iterator_state = tmp_path / "1" / "data" / "metadata"
     assert json.loads(iterator_state.read_text()) == {"next_index": 0}
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or not file.read_bytes().startswith(b"\x80\x04"), file

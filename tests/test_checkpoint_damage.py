@@ -168,9 +168,9 @@ def test_each_process_hashes_its_own_files(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     digests.write(tmp_path, 0, 2)
-    assert digests.cut_off(tmp_path, 2)
+    assert digests.cut_off(tmp_path)
     digests.write(tmp_path, 1, 2)
-    assert not digests.cut_off(tmp_path, 2) and digests.problems(tmp_path, "full") == []
+    assert not digests.cut_off(tmp_path) and digests.problems(tmp_path, "full") == []
     listed = [set(json.loads((tmp_path / f"sha256.{i}.json").read_text())["files"]) for i in (0, 1)]
     assert listed == [
         {"state/ocdbt.process_0/d/a", "state/d/c"}, {"state/ocdbt.process_1/d/b", "data/process_1-of-2.json"},

@@ -20,6 +20,7 @@ import jax
 from deepseek_jax import storage
 from deepseek_jax.checkpoint import digests, leaves
 from deepseek_jax.checkpoint.digests import Verify
+from deepseek_jax.parallel import hosts
 
 _STATE, _DATA, _META = "state", "data", "meta"  # names of a step's parts on disk
 _FORMAT = 1
@@ -109,7 +110,7 @@ class Store:
         Args:
             step: names the checkpoint.
             state: a pytree of arrays: any dtype, typed PRNG keys included, sharded in any way.
-            data_iterator: its `get_state()` is saved; each process saves its own.
+            data_iterator: its `get_state()` is saved; the same on every process.
             meta: a note that JSON holds, such as the configuration, tokens seen, hashes.
         Returns: False, with nothing written, when this step is saved already.
         Raises: ValueError for a leaf that is no array, a note that JSON cannot hold, or a read-only store; the error
@@ -136,9 +137,7 @@ class Store:
             _META: self._ocp.args.JsonSave(note),
         }
         if data_iterator is not None:
-            import grain
-
-            parts[_DATA] = grain.checkpoint.CheckpointSave(_AsBytes(data_iterator))
+            parts[_DATA] = self._ocp.args.JsonSave(dict(data_iterator.get_state()))
         saved = bool(self._manager.save(int(step), args=self._ocp.args.Composite(**parts), force=True))
         if saved and self._manifests:
             self._hashing = threading.Thread(target=self._write_manifest, args=(int(step),), name="checkpoint hashes")
@@ -169,13 +168,19 @@ class Store:
         Args:
             verify: see `digests.problems`.
             say: gets a message for every step that is passed over.
+        Several processes share the looking, all call this, and come to one answer.
+
         Returns: None when there are no steps, or only the first save of a program that was killed before its manifest.
         Raises: ValueError when there are steps and none is good; OSError when they cannot be read now.
         """
         passed_over = []
-        for step in reversed(self.steps()):
+        for step in reversed(hosts.of_first(self.steps())):
             here = self.directory / str(step)
-            found, cut_off = self._problems(step, verify)
+            with hosts.together(f"looking at checkpoint {here}"):
+                found, cut_off = self._problems(step, verify)
+            said = [json.loads(text) for text in hosts.gather(json.dumps([found, cut_off]))]
+            found = sorted({problem for problems, _ in said for problem in problems})
+            cut_off = all(cut for problems, cut in said if problems)
             if not found:
                 return step
             say(f"checkpoint {here} is passed over: {_first(found)}")
@@ -192,10 +197,9 @@ class Store:
         """What is wrong with a step, and whether it is only a save that was cut off."""
         here = self.directory / str(step)
         if verify != "off" and digests.manifests(here):
-            if digests.cut_off(here, jax.process_count()):
+            if digests.cut_off(here):
                 return ["manifests of processes are missing: the save was cut off"], True
-            # Processes must come to one answer, so they look at one sample.
-            return digests.problems(here, verify, step if jax.process_count() > 1 else None), False
+            return digests.problems(here, verify, part=(jax.process_index(), jax.process_count())), False
         try:
             promised = self._note(step).get("manifest")
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
@@ -280,9 +284,7 @@ class Store:
         if data_iterator is not None:
             if not (here / _DATA).exists():
                 raise ValueError(f"checkpoint {here} was saved without a data iterator: restore it without one")
-            import grain
-
-            parts[_DATA] = grain.checkpoint.CheckpointRestore(_AsBytes(data_iterator))
+            data_iterator.set_state(_position(here / _DATA))
         restored = self._manager.restore(step, args=args.Composite(**parts))
         state = jax.tree_util.tree_unflatten(treedef, leaves.from_stored(restored[_STATE], named, saved))
         return state, note["meta"]
@@ -294,7 +296,8 @@ class Store:
         return steps[-1] if step is None else int(step)
 
     def _note(self, step: int) -> dict[str, Any]:
-        note = self._manager.restore(step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore()))[_META]
+        # Not through Orbax, where processes would have to ask together.
+        note = json.loads((self.directory / str(step) / _META / "metadata").read_text())
         if note.get("format") != _FORMAT:
             raise WrongFormat(
                 f"checkpoint {self.directory / str(step)} has format {note.get('format')}, this version reads {_FORMAT}"
@@ -308,20 +311,10 @@ class WrongFormat(Exception):
     exit_code = 2
 
 
-class _AsBytes:
-    """Any resumable iterator as the kind that Grain's checkpoint handler takes: state as bytes, a file a process."""
-
-    def __init__(self, iterator: ResumableIterator):
-        self._iterator = iterator
-
-    def get_state(self) -> bytes:
-        return json.dumps(self._iterator.get_state()).encode()
-
-    def set_state(self, state: bytes) -> None:
-        self._iterator.set_state(json.loads(state))
-
-    def start_prefetch(self) -> None:
-        """Called by the handler after `set_state`; iterators begin to read ahead by themselves."""
+def _position(folder: Any) -> dict[str, Any]:
+    """The saved state of the data's iterator, the same for every process, however many there were."""
+    by_process = sorted(file for file in folder.iterdir() if file.name.startswith("process_"))  # until version 0.1.0
+    return json.loads((by_process or [folder / "metadata"])[0].read_text())
 
 
 def _first(found: list[str], count: int = 3) -> str:

@@ -33,6 +33,9 @@ VERBS = {
 }
 
 
+_STOPPED = 75
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
@@ -58,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(VERBS[verb][0]).run(words[1:])
     except Exception as error:
         code = 2 if isinstance(error, ValueError) else getattr(error, "exit_code", None)
+        who = _process()
         if code is None or os.environ.get("DEEPSEEK_JAX_TRACEBACK") == "1":
+            if who:
+                print(f"deepseek-jax {verb}: {who}:", file=sys.stderr, flush=True)
             raise
-        print(f"deepseek-jax {verb}: {error}", file=sys.stderr)
+        if not (who and code == _STOPPED and not who.startswith("process 0")):  # all stop alike: one says so
+            print(f"deepseek-jax {verb}: {f'{who}: ' if who else ''}{error}", file=sys.stderr)
         if code == 2:
             print("(DEEPSEEK_JAX_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
         if getattr(error, "busy", False):  # a compilation cannot be broken off: end the process over it
@@ -69,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(code)
         return code
     return 0
+
+
+def _process() -> str:
+    """Which of several processes this is, such as "process 1 of 4"; "" where there is one."""
+    hosts = sys.modules.get("deepseek_jax.parallel.hosts")  # not loaded, not joined
+    return "" if hosts is None else hosts.name()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A config file is Python that defines `get_config()`, which returns the verb's configuration: a `RunConfig` for `train`.
 Every field of it, nested ones included, is a flag with the field's own type. The same command on the same run folder
-continues the run.
+continues the run. `--hosts` makes it one of several processes: see docs/pods.md.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 def run(args: Sequence[str]) -> None:
     """Load the config file, apply the overrides, train."""
-    run_verb("train", args, "Train from a config file, or continue the run in its folder.", _train)
+    run_verb("train", args, "Train from a config file, or continue the run in its folder.", _train, hosts=True)
 
 
 def _train() -> tuple[type, Callable[..., Any]]:
@@ -26,8 +26,9 @@ def _train() -> tuple[type, Callable[..., Any]]:
 
 
 def run_verb(
-    verb: str, args: Sequence[str], description: str, kind_and_function: Callable[[], tuple[type, Callable[..., Any]]]
-) -> None:
+    verb: str, args: Sequence[str], description: str, kind_and_function: Callable[[], tuple[type, Callable[..., Any]]],
+    *, hosts: bool = False,
+) -> None:  # fmt: skip
     """A verb that takes a config file, its fields as flags, and a run folder; it prints the result's `summary()`.
 
     Args:
@@ -35,20 +36,60 @@ def run_verb(
         args: the words after it.
         description: for --help.
         kind_and_function: gives the configuration's class and `function(config, run_dir=…)`; called once they are needed.
+        hosts: whether the verb runs on several hosts.
     """
     prog = f"deepseek-jax {verb}"
+    args = [*args[:1], *join_hosts(verb, args[1:], hosts)]
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} CONFIG.py [--run-dir DIR] [--FIELD VALUE ...]",
+        usage=f"{prog} CONFIG.py [--run-dir DIR] {'[--hosts HOSTS] ' if hosts else ''}[--FIELD VALUE ...]",
         description=description,
         epilog=f"`{prog} CONFIG.py --help` lists every field of that config, with its type and value, as a flag.",
     )
     parser.add_argument("config", metavar="CONFIG.py", help="Python file that defines get_config()")
+    if hosts:
+        _add_hosts(parser)
     # The first word alone: only the loaded config knows the flags that follow it.
     path = Path(parser.parse_args(args[:1]).config)
     kind, function = kind_and_function()
     config, run_dir = override(load_config(path, kind), args[1:], run_dir=f"runs/{path.stem}", verb=verb)
-    print(function(config, run_dir=run_dir).summary())
+    result = function(config, run_dir=run_dir)
+    from deepseek_jax.parallel.hosts import leads
+
+    if leads():
+        print(result.summary())
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hosts",
+        metavar="HOSTS",
+        help="where the same command runs on several hosts, with one run folder: auto (TPU pod, SLURM, Open MPI, or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), or ADDRESS:PORT,NUM,ID",
+    )
+    parser.add_argument(
+        "--hosts-timeout", metavar="SECONDS", type=float, default=300.0,
+        help="how long to wait for all of them (default 300)",
+    )  # fmt: skip
+
+
+def join_hosts(verb: str, args: Sequence[str], supported: bool = True) -> list[str]:
+    """Joins the hosts that `--hosts` names, before anything else runs; returns the other words.
+
+    Raises: ValueError as `connect_hosts`, and for a verb that runs on one host alone.
+    """
+    parser = argparse.ArgumentParser(prog=f"deepseek-jax {verb}", add_help=False, allow_abbrev=False)
+    _add_hosts(parser)
+    given, rest = parser.parse_known_args(args)
+    if given.hosts is not None and not {"-h", "--help"} & set(rest):
+        if not supported:
+            raise ValueError(f"--hosts={given.hosts}: `{verb}` runs on one host; train and sft run on several")
+        from deepseek_jax.parallel.hosts import connect_hosts, leads
+
+        joined = connect_hosts(given.hosts, timeout_s=given.hosts_timeout)
+        if leads():
+            print(joined, file=sys.stderr, flush=True)
+    return rest
 
 
 def load_config(path: Path, kind: type | None = None) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -152,13 +152,26 @@ class _Places:
         return self._mixture.place(index)
 
 
+class _Share:
+    """The windows that one process reads, as what Grain calls a selection map."""
+
+    def __init__(self, share: Callable[[int], Sequence[int] | np.ndarray]):
+        self._share, self._size = share, len(share(0))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        number, row = divmod(index, self._size)
+        return 0, int(self._share(number)[row])
+
+
 def batches(
     source: Any,
     batch_size: int,
     seed: int,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Callable[[int], Sequence[int] | np.ndarray] | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Any:
@@ -169,16 +182,18 @@ def batches(
         source: a `Mixture`; or a `TokenSource`, or anything with `__len__` and `__getitem__` that gives dicts of arrays.
         batch_size: windows in the global batch, B.
         seed: of the shuffle, in [0, 2**32).
-        process_index, process_count: this process gets rows [process_index * B / process_count, ...) of the global
-            batch, which itself does not depend on them; nor does the state.
+        share: where several processes read: from the number of a batch to the numbers of the windows, counted from the
+            run's first, that this process reads in its place; of one length b for every batch. What the window of a
+            number holds depends on neither, nor does the state. None: all of them, b = B.
         threads, prefetch: background threads, and batches they read ahead; neither changes the batches.
-    Returns: an iterator of {name: array [B / process_count, ...]} with `get_state()` (a small dict that JSON holds)
-        and `set_state(state)`, after which it goes on with exactly the batches that would have come.
-    Raises: ValueError for sizes that do not divide or an empty source.
+    Returns: an iterator of {name: array [b, ...]} with `get_state()` (a small dict that JSON holds) and
+        `set_state(state)`, after which it goes on with exactly the batches that would have come.
+    Raises: ValueError for a bad size or seed, or an empty source.
     """
     import grain
 
-    _require_shares(batch_size, process_index, process_count)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be in [0, 2**32)")
     parts = source.sources if isinstance(source, Mixture) else (source,)
@@ -195,8 +210,10 @@ def batches(
     if len(parts) > 1:
         places: Any = _Places(source)
         dataset = grain.MapDataset.select_from_datasets(datasets, places)
-    # Batches of one process' share first, then every process_count-th of them: rows of a global batch stay adjacent.
-    dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
+    if share is not None:
+        ours: Any = _Share(share)
+        dataset, batch_size = grain.MapDataset.select_from_datasets([dataset], ours), len(share(0))
+    dataset = dataset.batch(batch_size)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
     return iter(dataset.to_iter_dataset(options))
 
@@ -206,8 +223,6 @@ def held_out_batches(
     batch_size: int,
     *,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every window once and in order, all batches of one shape: the last is filled with windows of padding, whose
     `segment_ids` are 0.
@@ -216,32 +231,19 @@ def held_out_batches(
         source: a `TokenSource` with `pad_last=True`.
         batch_size: windows in the global batch, B.
         max_batches: stops after that many; None for all.
-        process_index, process_count: this process' rows, as in `batches`.
-    Returns: an iterator of {"tokens", "segment_ids"}: int32 [B / process_count, T+1].
-    Raises: ValueError, at the call, for sizes that do not divide, or a source without segment_ids.
+    Returns: an iterator of {"tokens", "segment_ids"}: int32 [B, T+1].
+    Raises: ValueError, at the call, for a source without segment_ids.
     """
-    _require_shares(batch_size, process_index, process_count)
     if "segment_ids" not in source[0]:
         raise ValueError("the source gives no segment_ids, so padding would count: build it with pad_last=True")
-    share = batch_size // process_count
     total = -(-len(source) // batch_size)
     total = total if max_batches is None else min(total, max_batches)
     padding = {name: np.zeros_like(array) for name, array in source[0].items()}
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
         for number in range(total):
-            first = number * batch_size + process_index * share
-            rows = [source[i] if i < len(source) else padding for i in range(first, first + share)]
+            first = number * batch_size
+            rows = [source[i] if i < len(source) else padding for i in range(first, first + batch_size)]
             yield {name: np.stack([row[name] for row in rows]) for name in padding}
 
     return generate()
-
-
-def _require_shares(batch_size: int, process_index: int, process_count: int) -> None:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index}: must be in [0, process_count={process_count})")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size}: must be a positive multiple of process_count={process_count}, "
-            f"since every process reads an equal share"
-        )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.ring import check_length
 from deepseek_jax.parallel.rules import degree
 from deepseek_jax.training.config import RunConfig
@@ -26,6 +30,9 @@ _PINNED = (
     "model", "schedule", "optimizer", "batch_size", "seq_len", "accumulation", "batch_ramp", "train_tokens",
     "mtp_loss_weight", "bias_update_speed", "lora", "ema_decay", "spike_skip", "seed",
 )  # fmt: skip
+
+
+_SHARED_S = 90.0  # seconds in which a file must be seen everywhere; network file systems keep listings for a minute
 
 
 def check_pieces(config: RunConfig, mesh: Mesh) -> None:
@@ -44,11 +51,49 @@ def check_pieces(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
+def require_shared(run_dir: Any) -> None:
+    """Refuse a run folder that is not one and the same for all processes: each writes its shards of a checkpoint there.
+
+    Raises: ValueError; PeerFailed where another process does not see it.
+    """
+    if jax.process_count() == 1:
+        return
+    mark, note = hosts.of_first(uuid.uuid4().hex), run_dir / ".hosts.json"
+    machines = hosts.gather(socket.gethostname())
+    with hosts.together("looking into the run folder"):
+        if hosts.leads():
+            storage.write_atomic(note, json.dumps({"mark": mark, "hosts": machines}) + "\n")
+    with hosts.together("looking into the run folder"):
+        deadline = time.monotonic() + _SHARED_S
+        while not (note.exists() and json.loads(note.read_text())["mark"] == mark):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"run_dir={str(run_dir)!r}: {socket.gethostname()} does not see what {machines[0]} (process 0) wrote "
+                    f"there: give a folder that all hosts share, gs:// or a network file system"
+                )
+            time.sleep(0.2)
+
+
 def load_data(config: RunConfig, run_dir: Any, *, progress: bool = True, loaded: Any = None) -> Data | Chats:
     """What the run reads, by the kind of its `data`; `loaded` where that is it, read before by `dsj.sft`.
 
+    Of several processes the first encodes, and the others find it done where they share its cache folder.
+
     Raises: ValueError as `data.dataset.load` and `chat.dataset.load_chats`.
     """
+    data: Any = None
+    for turn in (True, False):
+        with hosts.together("reading the data"):
+            if hosts.leads() == turn:
+                data = _load_data(config, run_dir, progress, loaded)
+    if len({*(said := hosts.gather(data.fingerprint))}) > 1:
+        raise ValueError(
+            f"RunConfig.data: the processes read different data (fingerprints {', '.join(said)}): give all one"
+        )
+    return data
+
+
+def _load_data(config: RunConfig, run_dir: Any, progress: bool, loaded: Any) -> Data | Chats:
     if loaded is not None and loaded.config == config.data and loaded.train[0]["tokens"].size == config.seq_len + 1:
         keep_of_chats(loaded.tokenizer, run_dir, loaded.config)
         return loaded
@@ -89,7 +134,7 @@ def resume(
 
 def discard_after(store: Store, step: int | None, say: Callable[[str], None]) -> None:
     """Deletes the checkpoints behind `step` (None: all), which did not verify and are going to be written again."""
-    for later in store.steps():
+    for later in hosts.of_first(store.steps()):  # one process may see a deletion before another has listed
         if step is None or later > step:
             say(f"checkpoint {store.directory / str(later)} is deleted, to be written again")
             store.discard(later)

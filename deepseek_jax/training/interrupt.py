@@ -7,6 +7,7 @@ runs in a thread beside (`Interrupt.run`), while the main thread stays awake to 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -46,14 +47,19 @@ class Interrupt:
         while not interrupt.requested:   # from here on it is noted; a second one raises at once
             step()
     ```
-    Outside the main thread, where Python allows no handlers, it does nothing. Where jax.distributed runs, jax itself
-    takes SIGTERM, and `multihost_utils.reached_preemption_sync_point` tells all processes together.
+    Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Several processes stop together. There jax itself takes SIGTERM, from when they were joined, and agrees with the
+    others on a step that none of them has begun (`multihost_utils.reached_preemption_sync_point`), behind the program's
+    back; SIGINT is handed on as a SIGTERM. So a signal to any of them is noted at once and acted on by all in `check`,
+    before the same step, never in the middle of something.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         """Name of the signal that came, such as "SIGTERM"."""
         self.deferred = False
+        self._handed_on = False
         self._before: dict[int, Any] = {}
         self._thread: threading.Thread | None = None
 
@@ -62,10 +68,11 @@ class Interrupt:
 
         if threading.current_thread() is not threading.main_thread():
             return self
-        # Several processes must stop together: of SIGINT only one may hear.
-        alone = jax.process_count() == 1
-        numbers = [signal.SIGINT] * alone + [signal.SIGTERM] * (not jax.distributed.is_initialized())
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        if jax.distributed.is_initialized():
+            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._hand_on)}
+        else:
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,6 +121,12 @@ class Interrupt:
         if failure:
             raise failure[0]
         return result[0]
+
+    def _hand_on(self, number: int, frame: Any) -> None:
+        if self._handed_on:
+            raise KeyboardInterrupt("SIGINT came again: stopped without another save")
+        self._handed_on = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame: Any) -> None:
         again, self.requested = self.requested is not None, signal.Signals(number).name

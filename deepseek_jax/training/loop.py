@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax import storage
@@ -22,13 +20,15 @@ from deepseek_jax.metrics.manifest import write_manifest
 from deepseek_jax.metrics.progress import Progress
 from deepseek_jax.metrics.report import report
 from deepseek_jax.metrics.writer import JsonlWriter, plain, read_jsonl, with_floats
+from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.mesh import make_mesh, use_mesh
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.serialize import check_types, to_dict
-from deepseek_jax.training.begin import check_pieces, fresh, load_data, pinned_fields, resume
+from deepseek_jax.training.begin import check_pieces, fresh, load_data, pinned_fields, require_shared, resume
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.devices import check_precision, fit_dtype
 from deepseek_jax.training.evaluate import make_evaluation
+from deepseek_jax.training.feed import Feed
 from deepseek_jax.training.interrupt import Interrupt, Stopped
 from deepseek_jax.training.run import Run, check_prompts, draw, draw_samples
 from deepseek_jax.training.saves import Saves
@@ -65,8 +65,10 @@ def train(
         Stopped: SIGTERM or SIGINT came; all progress is saved, and the same call goes on.
         NotFinite: too many updates in a row were left out.
         SaveFailed: a checkpoint could not be written.
+        PeerFailed: another process of this run failed.
     """
     check_types(config)
+    hosts.require_connected()
     check_writers(config.writers)
     check_precision(config.model)
     run_dir = storage.path(run_dir)
@@ -74,9 +76,12 @@ def train(
     config = replace(config, model=model)
     mesh = make_mesh(config.mesh)
     check_pieces(config, mesh)
+    progress = progress and hosts.leads()
     with ExitStack() as stack:
-        lock = stack.enter_context(storage.RunLock(run_dir)) if jax.process_index() == 0 else None
         interrupt = stack.enter_context(Interrupt())
+        with hosts.together("taking the run folder"):
+            lock = stack.enter_context(storage.RunLock(run_dir)) if hosts.leads() else None
+        require_shared(run_dir)
         watchdog = stack.enter_context(Watchdog(config.hang_timeout_s, run_dir))
         say = Progress(config.last_step, shown=progress).message
         if message:
@@ -88,9 +93,13 @@ def train(
             loop = _run_to_end(config, run_dir, mesh, data, interrupt, watchdog, lock, progress, until)
         interrupt.deferred = False
         watchdog.beat("drawing samples and the report")
-        metrics = read_jsonl(run_dir / "metrics.jsonl")
-        samples = draw_samples(config, loop.state, data.tokenizer, loop.step, run_dir)
-        plots = draw(metrics, run_dir / "plots", config.model.num_dense_layers)
+        with hosts.together("drawing samples and the report"):
+            samples = draw_samples(config, loop.state, data.tokenizer, loop.step, run_dir, say)
+            metrics, plots, page = [], [], run_dir / "report.html"
+            if hosts.leads():
+                metrics = read_jsonl(run_dir / "metrics.jsonl")
+                plots = draw(metrics, run_dir / "plots", config.model.num_dense_layers)
+                report(run_dir, page)
         return Run(
             run_dir=run_dir,
             config=config,
@@ -98,7 +107,7 @@ def train(
             metrics=metrics,
             plots=plots,
             checkpoint=run_dir / "checkpoints" / str(loop.step),
-            report=report(run_dir),
+            report=page,
             samples=samples,
         )
 
@@ -114,7 +123,7 @@ def _run_to_end(
         loop = _Loop(config, run_dir, mesh, data, store, interrupt, watchdog, lock)
         loop.begin(Progress(config.last_step, shown=progress).message)
         bar = stack.enter_context(Progress(config.last_step, loop.step, shown=progress))
-        if jax.process_index() == 0:
+        if hosts.leads():
             # The line of the very step that is restored comes again where its evaluation was cut off.
             kept = None if loop.resumed_from is None else loop.resumed_from - (loop.line is not None)
             loop.log = stack.enter_context(JsonlWriter(run_dir / "metrics.jsonl", resume_step=kept))
@@ -146,7 +155,7 @@ class _Loop:
         self.store, self.interrupt, self.watchdog = store, interrupt, watchdog
         self.log: JsonlWriter | None = None
         self.writers: list[Any] = []
-        self.batches = data.train_batches(config.piece_size, config.seed)
+        self.batches = Feed(config, mesh, data)
         self.pinned = pinned_fields(to_dict(config), data.fingerprint)
         self.evaluate = make_evaluation(config, mesh, data)
         self.jitted, self.compiled = compile_train_step(config, mesh), {}
@@ -178,7 +187,7 @@ class _Loop:
                 f"{self.run_dir} is at step {self.step} of {self.config.last_step}: "
                 + ("done" if done else "continuing")
             )
-        if jax.process_index() == 0:
+        if hosts.leads():
             facts = {"seeds": {"run": self.config.seed}, "mesh": dict(self.mesh.shape), "data": self.data.summary()}
             facts |= {"template": self.data.template, "from_step": self.step}
             write_manifest(self.run_dir, to_dict(self.config), facts)
@@ -198,8 +207,8 @@ class _Loop:
             if self.interrupt.check(self.step):
                 raise Stopped(f"{self.interrupt.requested} came")
             tracing = self._trace(tracing)
-            host = self._next_batch()
-            self.state, metrics = train_step(self.state, place_batch(host, self.mesh))
+            host, here = self.batches.read(self.step)
+            self.state, metrics = train_step(self.state, place_batch(host, self.mesh, here))
             self.step += 1
             skips.consumed(self.step, host, metrics)
             self.watchdog.beat(f"step {self.step}")
@@ -215,12 +224,12 @@ class _Loop:
                     "step": self.step,
                     "tokens": self.tokens,
                     **self.line,
-                    "batch_size": len(host["tokens"]),
+                    "batch_size": here.of,
                     "tokens_per_second": speed,
                     **({} if share is None else {"mfu": share}),
                 }
                 self._log(bar, evaluate)
-                if evaluate and until is not None and self._aside(partial(until, self.state, self.step)):
+                if evaluate and until is not None and hosts.of_first(self._aside(lambda: until(self.state, self.step))):
                     break
                 since, since_tokens, self.compiling_s = time.perf_counter(), self.tokens, 0.0
             if self.step % config.checkpoint_every == 0:
@@ -268,11 +277,6 @@ class _Loop:
             self.compiling_s += time.perf_counter() - start
             self.watchdog.beat("reading a batch")
         return self.compiled[size]
-
-    def _next_batch(self) -> dict[str, np.ndarray]:
-        count = self.config.plan.batch_size(self.step) // self.config.piece_size
-        pieces = [next(self.batches) for _ in range(count)]
-        return pieces[0] if count == 1 else {k: np.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
 
     def _log(self, bar: Progress, evaluate: bool) -> None:
         assert self.line is not None

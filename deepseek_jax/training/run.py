@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,14 @@ import jax
 
 from deepseek_jax import storage
 from deepseek_jax.metrics.plots import loss_curve, router_heatmap
+from deepseek_jax.parallel import hosts
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished call of `train`."""
+    """A finished call of `train`. Of several processes the first has metrics, plots and samples, the others none."""
 
     run_dir: Any
     config: RunConfig
@@ -71,9 +74,12 @@ def check_prompts(config: RunConfig, tokenizer: Any) -> None:
 
 
 def draw_samples(
-    config: RunConfig, state: TrainState, tokenizer: Any, step: int, run_dir: Any
+    config: RunConfig, state: TrainState, tokenizer: Any, step: int, run_dir: Any, say: Callable[[str], None]
 ) -> list[tuple[str, str]]:
-    """Continuations of `config.sample_prompts` by the model as it stands; kept in samples.jsonl."""
+    """Continuations of `config.sample_prompts` by the model as it stands; kept in samples.jsonl.
+
+    They are drawn on one device, of process 0; where the weights do not fit it, none are, and `say` tells.
+    """
     if not config.sample_prompts:
         return []
     from deepseek_jax.infer.generate import continue_text
@@ -81,8 +87,13 @@ def draw_samples(
     from deepseek_jax.models.transformer import DeepSeek
 
     variables = {"params": state.params, **({"router": state.router} if state.router else {})}
+    if jax.process_count() > 1 and (reason := hosts.of_first(_no_room(variables))):
+        say(f"RunConfig.sample_prompts: {reason}; `deepseek-jax generate {run_dir}` draws them")
+        return []
     if len(jax.devices()) > 1:  # a few prompts cannot be split over a mesh
-        variables = jax.device_put(variables, jax.local_devices()[0])
+        variables = hosts.on_first(variables)
+    if variables is None:
+        return []
     run = Loaded(DeepSeek(config.model), variables, tokenizer)
     texts = continue_text(
         run, config.sample_prompts, max_new_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed
@@ -91,3 +102,16 @@ def draw_samples(
     lines = [json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n" for prompt, text in samples]
     storage.write_atomic(run_dir / "samples.jsonl", "".join(lines))
     return samples
+
+
+def _no_room(variables: Any) -> str:
+    """Why one device cannot sample from these arrays, or "": it holds them once, and once more taken apart by layer."""
+    needed = 2.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:  # the CPU's is the machine's
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed <= free:
+        return ""
+    return f"the weights want {needed / 2**30:.1f} GiB of one device, which has {free / 2**30:.1f} free: no samples"

@@ -8,6 +8,7 @@ from typing import Any
 from deepseek_jax import storage
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.metrics.writer import JsonlWriter
+from deepseek_jax.parallel import hosts
 from deepseek_jax.training.guard import all_finite
 from deepseek_jax.training.trouble import NotFinite, SaveFailed
 from deepseek_jax.training.watchdog import Watchdog
@@ -53,10 +54,11 @@ class Saves:
         """
         if self.saved == step or step == 0:
             return
-        if self._lock is not None:
-            self._lock.check()
-        if log is not None:
-            log.flush()
+        with hosts.together(f"preparing to save step {step}"):
+            if self._lock is not None:
+                self._lock.check()
+            if log is not None:
+                log.flush()
         self.finish(step, say)
         self._watchdog.beat(f"saving step {step}")
         if not bool(all_finite(state)):
@@ -75,7 +77,8 @@ class Saves:
         """
         self._watchdog.beat(f"finishing the save of step {self.saved}")
         try:
-            self._store.wait()
+            with hosts.together(f"saving step {self.saved}"):  # its manifests are there once all have come through
+                self._store.wait()
         except (OSError, ValueError, RuntimeError) as error:
             self._failed(error, say, last=last)
         if last and step and step not in (on_disk := self._store.steps()):

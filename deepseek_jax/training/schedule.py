@@ -159,6 +159,12 @@ class Plan(NamedTuple):
         stage = max((s for s in self.stages if s.first_token < tokens), default=self.stages[0])
         return stage.first_step + -(-(tokens - stage.first_token) // (stage.batch_size * self.seq_len))
 
+    def step_of(self, sequence: int) -> int:
+        """The step that reads a sequence, both counted from 0."""
+        token = sequence * self.seq_len
+        stage = max(stage for stage in self.stages if stage.first_token <= token)
+        return stage.first_step + (token - stage.first_token) // (stage.batch_size * self.seq_len)
+
     def all_tokens_before(self, steps: int) -> np.ndarray:
         """`tokens_before` of steps 0 … steps - 1, int64 [steps]."""
         tokens = np.empty(steps, np.int64)

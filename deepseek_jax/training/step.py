@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.layers.weights import at_least_float32
+from deepseek_jax.parallel.hosts import Rows
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.training.bias import bias_spread, max_violation, update_router
 from deepseek_jax.training.config import RunConfig
@@ -150,12 +151,34 @@ def compile_train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
     """`train_step` jitted for a mesh: shardings of state and batch stated, the old state's memory reused."""
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     # With output shardings unstated, the gradient of a sharded weight comes back replicated.
-    return jax.jit(make_train_step(config), in_shardings=(state, None), out_shardings=(state, None), donate_argnums=0)
+    # Metrics replicated, since a process can read only what its devices hold.
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(make_train_step(config), in_shardings=(state, None), out_shardings=(state, whole), donate_argnums=0)
 
 
-def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """A host batch of [B, T + 1] arrays, spread over the mesh by sequence."""
-    return {k: jax.device_put(x, named_sharding(mesh, BATCH_AXES, x.shape, f"batch {k!r}")) for k, x in batch.items()}
+def place_batch(batch: dict[str, Any], mesh: Mesh, here: Rows | None = None) -> Batch:
+    """A host batch of [B, T + 1] arrays, spread over the mesh by sequence.
+
+    Args:
+        batch: the arrays, [B, T + 1]; or, with `here`, [b, T + 1]: the rows that this process' devices hold.
+        mesh: where they go; it may reach over several processes, which all call this.
+        here: which rows of the whole batch `batch` has. None: all of them, the same on every process.
+    """
+
+    def place(name: str, x: Any) -> Array:
+        x = np.asarray(x)
+        shape = x.shape if here is None else (here.of, *x.shape[1:])
+        sharding = named_sharding(mesh, BATCH_AXES, shape, f"batch {name!r}")
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            if here is not None:
+                first, last = np.searchsorted(here.numbers, (first, last))
+            return x[(slice(first, last), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(name, x) for name, x in batch.items()}
 
 
 def host_line(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from deepseek_jax import storage
@@ -81,5 +82,6 @@ class SkipWatch:
             if last - self._limit < step <= last:
                 buffer = io.BytesIO()
                 np.savez(buffer, allow_pickle=False, **batch)
-                storage.write_atomic(folder / f"step_{step}.npz", buffer.getvalue())
+                rows = f".{jax.process_index()}" if jax.process_count() > 1 else ""  # each has rows of its own
+                storage.write_atomic(folder / f"step_{step}{rows}.npz", buffer.getvalue())
         return folder

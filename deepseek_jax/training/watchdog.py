@@ -10,7 +10,10 @@ import threading
 import time
 from typing import Any
 
+import jax
+
 from deepseek_jax import storage
+from deepseek_jax.parallel import hosts
 
 EXIT_CODE = 124
 """Of a process that hung, as coreutils' `timeout` has it."""
@@ -23,7 +26,8 @@ class Watchdog:
 
     Reading a corpus and restoring a checkpoint come before the first beat: they take as long as they take.
 
-    They go to stderr and to `hang.txt` in the run folder. Where the interpreter itself is stuck (an extension that
+    They go to stderr and to `hang.txt` in the run folder (`hang.2.txt` of process 2, where there are several: one that
+    hangs is waited for by all). Where the interpreter itself is stuck (an extension that
     keeps the lock), the C library's timer prints to stderr and ends the process with code 1.
     """
 
@@ -34,6 +38,7 @@ class Watchdog:
             run_dir: folder for hang.txt, local or not.
         """
         self._timeout, self._run_dir = timeout, run_dir
+        self._pause = min(timeout / 10, 5.0)
         self._last = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="deepseek_jax watchdog", daemon=True)
@@ -60,12 +65,13 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self._timeout / 10, 5.0)):
+        while not self._done.wait(self._pause):
             if time.monotonic() - self._last > self._timeout:
                 self._end()
 
     def _end(self) -> None:
-        head = f"no progress for {self._timeout:g} s while {self._doing}; the stacks of all threads:\n"
+        who = f"{hosts.name()}: " if hosts.name() else ""
+        head = f"{who}no progress for {self._timeout:g} s while {self._doing}; the stacks of all threads:\n"
         with tempfile.TemporaryFile("w+") as file:  # faulthandler wants a real file
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
@@ -75,6 +81,9 @@ class Watchdog:
             stream.write(text)
             stream.flush()
         try:
-            storage.write_atomic(os.fspath(storage.path(self._run_dir) / "hang.txt"), text)
+            file = f"hang.{jax.process_index()}.txt" if who else "hang.txt"
+            storage.write_atomic(os.fspath(storage.path(self._run_dir) / file), text)
+            if who and hosts.leads():  # jax ends all others as soon as process 0 is gone: let them say theirs before
+                time.sleep(2 * self._pause)
         finally:
             os._exit(EXIT_CODE)
