@@ -1,9 +1,11 @@
 """Runs of several processes on this machine, joined over loopback: what test_hosts.py and experiments/hosts start.
 
 As a program, `python fleet.py VERB …` is `deepseek-jax VERB …` with the mishap of the environment: MISHAP=sleep:STEP,
-MISHAP=raise:STEP or MISHAP=slow, in process MISHAP_PROCESS alone; ROWS=FILE appends a line a step with the rows read.
+MISHAP=raise:STEP or MISHAP=kill:STEP in process MISHAP_PROCESS, or MISHAP=slow in all. ROWS=FILE appends a line a step with
+the rows that a process read, to FILE.PROCESS; DIGESTS=FILE one for each state saved or restored, of all its bits.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -141,6 +143,40 @@ def _mishap():
         return place(batch, mesh, here)
 
     loop.place_batch = placed
+    if os.environ.get("DIGESTS"):
+        resume, save = loop.resume, loop.Saves.save
+
+        def resumed(*args):
+            found = resume(*args)
+            if found is not None:
+                note_digest("restored", found[1], found[0])
+            return found
+
+        def saved(self, step, state, *args):
+            note_digest("saved", step, state)
+            return save(self, step, state, *args)
+
+        loop.resume, loop.Saves.save = resumed, saved
+
+
+def note_digest(what, step, state):
+    from deepseek_jax.parallel import hosts
+
+    whole = hosts.on_first(state)
+    if whole is not None:
+        with open(os.environ["DIGESTS"], "a") as file:
+            file.write(json.dumps({"what": what, "step": step, "digest": digest(whole)}) + "\n")
+
+
+def digest(tree):
+    """Of every bit of a tree of arrays."""
+    import jax
+    import numpy as np
+
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fleet import Fleet, corpus, free_port, lines, wait_for_step
+from fleet import Fleet, corpus, digest, free_port, lines, wait_for_step
 from helpers import micro, run_config
 
 import deepseek_jax as dsj
+from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.cli.main import main
 from deepseek_jax.cli.train import load_config
 from deepseek_jax.data.pipeline import TokenSource, batches
@@ -29,8 +30,9 @@ from deepseek_jax.training import feed as feed_module
 from deepseek_jax.training import loop
 from deepseek_jax.training.feed import Feed
 from deepseek_jax.training.schedule import BatchRamp
+from deepseek_jax.training.state import abstract_state
 
-LOG = re.compile(r"[IWE]\d{4} \d\d:\d\d")  # of the compiler
+NOT_OURS = re.compile(r"Gloo|peer ranks|^[\d\s]*$|^[IWE]\d{4} \d\d:\d\d")  # of gloo and the compiler
 MESH = ["--mesh.data", "4", "--mesh.fsdp", "2"]
 
 
@@ -55,7 +57,7 @@ def train_here(config, run_dir, mesh, monkeypatch=None, **fields):
 
 def said_by(text):
     """What a process printed, without what gloo and the compiler print on their own."""
-    return [line for line in text.splitlines() if line.strip() and "[Gloo]" not in line and not LOG.match(line)]
+    return [line for line in text.splitlines() if not NOT_OURS.search(line)]
 
 
 def assert_same_losses(ours, theirs, within=1e-6):
@@ -81,9 +83,12 @@ def rows_of(file, processes):
 def test_two_processes_are_one_run_that_a_signal_to_either_stops(config, tmp_path, monkeypatch):
     """2 × 4 devices, SIGTERM to the second process, then one process with another mesh: all of it the unbroken run."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    digests = tmp_path / "digests"
     batches_read = train_here(config, whole, MeshConfig(data=4, fsdp=2), monkeypatch)
     words = ["train", config, *MESH, "--run-dir", broken]
-    with Fleet(words, devices=4, env={"MISHAP": "slow", "ROWS": str(tmp_path / "rows")}) as fleet:
+    with Fleet(
+        words, devices=4, env={"MISHAP": "slow", "ROWS": str(tmp_path / "rows"), "DIGESTS": str(digests)}
+    ) as fleet:
         wait_for_step(broken, 1)
         fleet.send(1, signal.SIGTERM)
         ended = fleet.wait()
@@ -103,6 +108,11 @@ def test_two_processes_are_one_run_that_a_signal_to_either_stops(config, tmp_pat
         np.testing.assert_array_equal([found[number] for number in range(16)], batch)
     assert_same_losses(lines(broken), lines(whole)[: steps + 1])
 
+    run = replace(load_config(config), mesh=MeshConfig(data=1, fsdp=4, tensor=2))
+    with Store(broken / "checkpoints", read_only=True) as store:
+        state, _ = store.restore(abstract_state(run, make_mesh(run.mesh)), step=steps)
+    noted = json.loads(digests.read_text().splitlines()[-1])
+    assert noted == {"what": "saved", "step": steps, "digest": digest(jax.device_get(state))}, "bit for bit"
     rest = train_here(config, broken, MeshConfig(data=1, fsdp=4, tensor=2), monkeypatch)
     np.testing.assert_array_equal(rest, batches_read[steps:])
     assert_same_losses(lines(broken), lines(whole), within=2e-5)  # another mesh adds up in another order

@@ -78,9 +78,7 @@ def join_hosts(verb: str, args: Sequence[str], supported: bool = True) -> list[s
 
     Raises: ValueError as `connect_hosts`, and for a verb that runs on one host alone.
     """
-    parser = argparse.ArgumentParser(prog=f"deepseek-jax {verb}", add_help=False, allow_abbrev=False)
-    _add_hosts(parser)
-    given, rest = parser.parse_known_args(args)
+    given, rest = split_hosts(verb, args)
     if given.hosts is not None and not {"-h", "--help"} & set(rest):
         if not supported:
             raise ValueError(f"--hosts={given.hosts}: `{verb}` runs on one host; train and sft run on several")
@@ -90,6 +88,13 @@ def join_hosts(verb: str, args: Sequence[str], supported: bool = True) -> list[s
         if leads():
             print(joined, file=sys.stderr, flush=True)
     return rest
+
+
+def split_hosts(verb: str, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """`hosts` and `hosts_timeout` of the words, and the other words."""
+    parser = argparse.ArgumentParser(prog=f"deepseek-jax {verb}", add_help=False, allow_abbrev=False)
+    _add_hosts(parser)
+    return parser.parse_known_args(args)
 
 
 def load_config(path: Path, kind: type | None = None) -> Any:
