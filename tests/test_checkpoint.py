@@ -180,6 +180,10 @@ def test_data_iterator_is_saved_where_it_stood(tmp_path):
         store.restore(abstract(state), resumed, step=5)
         for batch in expected:
             np.testing.assert_array_equal(next(resumed)["tokens"], batch)
+        # Before, each process wrote its own copy.
+        (tmp_path / "5" / "data" / "metadata").rename(tmp_path / "5" / "data" / "process_0-of-2.json")
+        store.restore(abstract(state), resumed, step=5)
+        assert resumed.get_state() == {"next_index": 5}
         with pytest.raises(ValueError, match=r"checkpoint .*6 was saved without a data iterator"):
             store.restore(abstract(state), resumed)
 
