@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from deepseek_jax.parallel.hosts import Rows, rows_here
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.training.config import RunConfig
+from deepseek_jax.training.step import BATCH_AXES
 
 
 class Feed:
@@ -30,7 +31,9 @@ class Feed:
         """
         self._plan, self._piece = config.plan, config.piece_size
         # Kept for every size: a batch ramp has few of them.
-        self.rows = functools.cache(lambda size: rows_here(named_sharding(mesh, ("batch",), (size,), "batch"), size))
+        self.rows = functools.cache(
+            lambda size: rows_here(named_sharding(mesh, BATCH_AXES[:1], (size,), "batch"), size)
+        )
         self._batches = data.train_batches(config.piece_size, config.seed, share=self._share)
 
     def read(self, step: int) -> tuple[dict[str, np.ndarray], Rows]:
