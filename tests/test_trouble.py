@@ -141,12 +141,12 @@ def _poison(monkeypatch, bad):
     """Losses of the batches with these numbers (their first token is set to say so) are NaN."""
     place, count = loop.place_batch, [0]
 
-    def placed(batch, mesh):
+    def placed(batch, mesh, here):
         if "segment_ids" not in batch:  # a training batch
             batch = {"tokens": batch["tokens"].copy()}
             batch["tokens"][:, 0] = 7 if count[0] in bad else 8
             count[0] += 1
-        return place(batch, mesh)
+        return place(batch, mesh, here)
 
     def parts(config, params, router, batch, *rest):
         total, losses = loss_parts(config, params, router, batch, *rest)
