@@ -76,6 +76,8 @@ class Study:
 
     def note(self, **record) -> None:
         self.records.append(record)
+        with (HERE / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
         print(record, flush=True)
 
 
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    (HERE / "results.jsonl").write_text("")
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder))
         resharding(study)
@@ -160,9 +163,6 @@ def main() -> None:
         what="versions", seed=options.seed, jax=jax.__version__, packages=package_versions(), git=git_revision(),
         date=time.strftime("%Y-%m-%d"),
     )  # fmt: skip
-    (HERE / "results.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in study.records), encoding="utf-8"
-    )
     wrong = [
         record for record in study.records
         if not all(record.get(name, True) for name in ("bits_equal", "rows_equal", "losses_equal"))
