@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over(small, quiet_train, tmp_path, capsy
     before = lines(tmp_path / "run")
 
     def damage(step):
-        [file] = list((tmp_path / "run" / "checkpoints" / str(step) / "data").glob("*.json"))
+        file = tmp_path / "run" / "checkpoints" / str(step) / "data" / "metadata"
         file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
 
     damage(12)
