@@ -53,7 +53,7 @@ def numbers(run: Any, layout: MeshConfig, devices: int) -> dict[str, Any]:
     with use_mesh(mesh):
         state = abstract_state(run, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.router))
-        params, router = jax.device_put((variables["params"], variables["router"]), shardings)
+        params, router = jax.device_put((variables["params"], variables.get("router", {})), shardings)
         batch = place_batch(batch_of(run), mesh)
 
         def objective(params: Any, router: Any, batch: Any) -> Any:

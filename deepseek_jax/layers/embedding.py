@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.parallel.rules import shard
+from deepseek_jax.parallel.rules import axes_of, on_mesh, shard, sharded_map
 from deepseek_jax.types import Array
 
 
@@ -25,10 +26,34 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BT: Array) -> Array:
         """[B, T] token ids -> [B, T, D] in the compute dtype."""
-        # The table's parts are put together, in the compute dtype, or else every device would look up all tokens.
-        table_WD = shard(self.embedding.astype(self.dtype), "act_vocab", "act_embed")
-        x_BTD = jnp.take(table_WD, tokens_BT, axis=0)
-        return shard(x_BTD, "batch", "length", "act_embed")
+        return lookup(self.embedding, tokens_BT, self.dtype)
+
+
+def lookup(table_WD: Array, tokens_BT: Array, dtype: str) -> Array:
+    """Rows of the table, [B, T, D] in `dtype`.
+
+    On a mesh every device looks up its part of D for the tokens of all that share the table, and they exchange: what
+    travels is a device's own [B, T, D], once, where the table's parts put together would be all of it; and its gradient
+    is added up where it is stored.
+    """
+    if not on_mesh():
+        return jnp.take(table_WD, tokens_BT, axis=0).astype(dtype)
+    width, vocab = axes_of("embed"), axes_of("vocab")
+
+    def local(table_Wd: Array, tokens_BT: Array) -> Array:
+        ids_ABT = lax.all_gather(tokens_BT, width) if width else tokens_BT[None]
+        if vocab:
+            ids_ABT = ids_ABT - lax.axis_index(vocab) * len(table_Wd)
+        own = (ids_ABT >= 0) & (ids_ABT < len(table_Wd))
+        rows_ABTd = jnp.take(table_Wd, jnp.where(own, ids_ABT, 0), axis=0).astype(dtype)
+        if vocab:
+            rows_ABTd = lax.psum(jnp.where(own[..., None], rows_ABTd, 0), vocab)
+        if width:
+            rows_ABTd = lax.all_to_all(rows_ABTd, width, split_axis=0, concat_axis=3, tiled=True)
+        return rows_ABTd[0]
+
+    tokens = ("batch", "length")
+    return sharded_map(local, (("vocab", "embed"), tokens), (*tokens, "act_embed"))(table_WD, tokens_BT)
 
 
 class Head(nn.Module):
