@@ -110,12 +110,12 @@ def _piece(axes: HeadAxes, w: Array, piece: Piece) -> tuple[Array, Array, Array]
     wide = at_least_float32(hidden.dtype)
     logits = jnp.einsum("bcd,dw->bcw", hidden, w, preferred_element_type=wide)
     first = lax.axis_index(axes.vocab) * w.shape[1] if axes.vocab else 0
-    if kept is not None:
-        whole = jnp.zeros(
-            (*logits.shape[:-1], w.shape[1] * lax.axis_size(axes.vocab) if axes.vocab else w.shape[1]), bool
-        )
-        whole = kept_logits(whole, kept)
-        kept = lax.dynamic_slice_in_dim(whole, first, w.shape[1], axis=-1)
+    if axes.vocab and kept is not None:
+        size = w.shape[1] * lax.axis_size(axes.vocab)
+        mask = kept_logits(jnp.zeros((*logits.shape[:-1], size), wide), kept)
+        logits += lax.dynamic_slice_in_dim(mask, first, w.shape[1], axis=-1)
+    else:
+        logits = kept_logits(logits, kept)
 
     def over_vocab(reduce: Any, x: Array) -> Array:
         return reduce(x, axes.vocab) if axes.vocab else x
