@@ -120,10 +120,9 @@ def test_two_processes_are_one_run_that_a_signal_to_either_stops(config, tmp_pat
     assert abs(first["loss"] - after["loss"]) <= 1e-6 * after["loss"]
 
 
-def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(config, tmp_path):
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(config, tmp_path, monkeypatch):
     words = ["train", config, "--mesh.data", "2", "--run-dir", tmp_path]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    with Fleet(words, devices=1, env={"MISHAP": "kill:6", "MISHAP_PROCESS": "1", **cache}) as fleet:
+    with Fleet(words, devices=1, env={"MISHAP": "kill:6", "MISHAP_PROCESS": "1"}) as fleet:
         fleet.processes[1].wait(timeout=120)
         killed = time.monotonic()
         ended = fleet.wait(timeout=180)
@@ -132,10 +131,8 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(config, tm
     assert ended[0][0] not in (0, 75), ended[0]
     assert "Current thread" in ended[0][2] or "Traceback" in ended[0][2], "where it was"
     assert "process 0 of 2" in ended[0][2] or "JAX distributed service" in ended[0][2]
-    with Fleet(words, devices=1, env=cache) as fleet:
-        ended = fleet.wait()
-    assert [code for code, *_ in ended] == [0, 0], ended
-    assert re.search("is at step [24] of 6: continuing", ended[0][2]), "the save of step 4 may have been cut off"
+    rest = train_here(config, tmp_path, MeshConfig(data=jax.device_count()), monkeypatch)
+    assert len(rest) in (2, 4), "it goes on from step 4, or from step 2 where the kill met the save of step 4"
     assert [line["step"] for line in lines(tmp_path)] == list(range(7))
 
 
