@@ -73,6 +73,10 @@ def _routed(**fields):
     return replace(config, ffn=replace(micro("v3").ffn, first_k_dense_replace=0))
 
 
+needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+
+
+@needs_8
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_router_bias_does_not_depend_on_devices_or_accumulation(dtype):
     """20 steps on 1, 2 and 8 devices, accumulation 1 and 4, with the multi-token module's own bias."""
@@ -104,6 +108,7 @@ LAYOUTS = [
 ]
 
 
+@needs_8
 @pytest.mark.parametrize("kind, layout", LAYOUTS, ids=str)
 def test_sharded_init_and_step_equal_one_device(kind, layout):
     run = run_config(micro(kind, num_hidden_layers=2, initializer_range=0.2))
@@ -158,6 +163,7 @@ def test_about_a_tenth_of_the_sequences_is_exempt():
     assert not exempt_sequences(jnp.asarray(tokens), 0.0).any() and exempt_sequences(jnp.asarray(tokens), 1.0).all()
 
 
+@needs_8
 def test_mesh_errors_carry_the_numbers():
     with pytest.raises(ValueError, match=r"tensor 3.* = 3 devices, but there are 8"):
         MeshConfig(data=1, tensor=3).resolved(8)
