@@ -1,14 +1,20 @@
 """A checkpoint of one mesh on another: the same bits, and the same next loss."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from helpers import micro, random_tokens, run_config
+from helpers import micro, random_tokens, random_variables, run_config
 
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.infer.engine import Engine, Request, Sampling
+from deepseek_jax.models.counts import abstract_variables
+from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel import MeshConfig, make_mesh, tree_shardings, use_mesh
+from deepseek_jax.posttrain.rollout import require_same
+from deepseek_jax.posttrain.sampler import Sampler
 from deepseek_jax.training.state import abstract_state, init_state
 from deepseek_jax.training.step import compile_train_step, place_batch
 
@@ -52,3 +58,25 @@ def test_same_bits_and_same_next_loss_on_another_mesh(saved, devices, layout):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), bits)
         _, metrics = compile_train_step(run, mesh)(state, place_batch(_batch(run, 1), mesh))
     assert abs(float(metrics["loss"]) - loss) <= 1e-6 * loss
+
+
+def test_a_policys_weights_move_to_the_layout_of_its_rollouts():
+    """Trained on fsdp × expert, sampled from on expert × tensor: equal checksums, and the tokens of one device."""
+    config = micro("v3", num_hidden_layers=2, dtype="float32")
+    model, variables = DeepSeek(config), random_variables(config)
+    requests = [Request(prompt=[p + 1, 2, 3], sampling=Sampling(max_new_tokens=6, temperature=0.0)) for p in range(8)]
+    expected = [g.tokens for g in Engine(model, variables, slots=8, places=16, chunk=8).generate(requests)]
+    training, generation = (
+        make_mesh(MeshConfig(data=1, **degrees)) for degrees in ({"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2})
+    )
+    prompter: Any = None  # of no use to weights
+    with use_mesh(training):
+        placed = jax.device_put(variables, tree_shardings(training, abstract_variables(config)))
+        sampler = Sampler(model, prompter, max_prompt_tokens=8, max_new_tokens=8, slots=8, mesh=generation)
+        sampler.load(placed)
+        with use_mesh(generation):
+            assert [g.tokens for g in sampler.engine.generate(requests)] == expected
+        other = jax.tree.map(lambda x: x, placed)
+        other["params"]["final_norm"]["scale"] = placed["params"]["final_norm"]["scale"] + 1
+        with pytest.raises(ValueError, match=r"1 of \d+ leaves of the sampler are not the trainer's"):
+            require_same(model, other, sampler.engine.weights, generation)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import storage
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.rules import degree
 from deepseek_jax.posttrain.advantage import group_advantages, process_advantages
 from deepseek_jax.posttrain.begin import open_start
@@ -117,6 +118,7 @@ class _Learner:
             model, prompter, max_prompt_tokens=config.max_prompt_tokens, max_new_tokens=config.max_new_tokens,
             slots=min(config.slots, config.completions), keep_routing=config.keep_routing,
             keep_sampling_mask=config.keep_sampling_mask,
+            mesh=None if config.generation_mesh is None else make_mesh(config.generation_mesh),
         )  # fmt: skip
         self.update = make_update(
             model, config.loss, config.optimizer, temperature=config.temperature, chunk=config.loss_chunk,

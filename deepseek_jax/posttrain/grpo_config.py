@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.posttrain.advantage import Scale
 from deepseek_jax.posttrain.common import PostConfig
 from deepseek_jax.posttrain.objective import PolicyLoss
@@ -51,6 +52,9 @@ class GRPO(PostConfig):
     """Train each token through the experts that the rollout chose (V3.2, section 3.1)."""
     keep_sampling_mask: bool = False
     """Train in the set of tokens that top_p and top_k left the rollout (V3.2, section 3.1)."""
+    generation_mesh: MeshConfig | None = None
+    """Layout of the rollouts, such as all devices along `tensor`; None: that of the updates. The weights move before each
+    rollout, and their checksums are compared."""
     slots: int = 64
     """Completions that are decoded at once."""
     eval_problems: int = 64

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from deepseek_jax.infer.requests import Generation
 from deepseek_jax.models.cached import LayerWeights, unstack
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.mesh import use_mesh
 from deepseek_jax.posttrain.policy import Rollouts
 from deepseek_jax.types import Array
 
@@ -82,15 +85,18 @@ def checksum(weights: LayerWeights) -> dict[str, int]:
     return _named(_bits(weights))
 
 
-def require_same(model: DeepSeek, variables: Any, weights: LayerWeights) -> None:
+def require_same(model: DeepSeek, variables: Any, weights: LayerWeights, mesh: Mesh | None = None) -> None:
     """Raises ValueError, naming leaves, where a sampler's weights are not the trainer's: stale, zeroed or missing.
 
     Args:
         model: the model.
         variables: of the trainer.
         weights: of the sampler: what `unstack` made of some variables.
+        mesh: that `weights` lie on, where it is not the ambient one.
     """
-    ours, theirs = _named(_bits_unstacked(model, variables)), checksum(weights)
+    ours = _named(_bits_unstacked(model, variables))
+    with nullcontext() if mesh is None else use_mesh(mesh):
+        theirs = checksum(weights)
     if missing := sorted(ours.keys() ^ theirs.keys()):
         raise ValueError(f"the sampler and the trainer differ in their leaves: {', '.join(missing[:5])}")
     if stale := [name for name in ours if ours[name] != theirs[name]]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from deepseek_jax.infer.engine import Engine, Generation, Request, Sampling
+from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.rules import degree
+from deepseek_jax.parallel.mesh import use_mesh
+from deepseek_jax.parallel.rules import degree, tree_shardings
 from deepseek_jax.posttrain.prompts import Problems, Prompter
 from deepseek_jax.posttrain.rewards import Item
 from deepseek_jax.posttrain.rollout import require_same
@@ -50,7 +56,7 @@ class Sampler:
 
     def __init__(
         self, model: DeepSeek, prompter: Prompter, *, max_prompt_tokens: int, max_new_tokens: int, slots: int,
-        keep_routing: bool = False, keep_sampling_mask: bool = False,
+        keep_routing: bool = False, keep_sampling_mask: bool = False, mesh: Mesh | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -61,26 +67,38 @@ class Sampler:
             slots: completions that are decoded at once.
             keep_routing: record the experts of every token.
             keep_sampling_mask: record what top_k, top_p and min_p left to draw from.
+            mesh: layout of the rollouts; None: the ambient one, that of the updates.
         """
+        self.mesh = mesh
         self.model, self.prompter = model, prompter
         self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
-        slots = -(-slots // degree("batch")) * degree("batch")  # what a mesh can split
-        self.engine = Engine(
-            model, None, slots=slots, places=max_prompt_tokens + max_new_tokens, chunk=min(max_prompt_tokens, 1024),
-            decode_steps=min(max_new_tokens, 16), prefill_rows=min(8, slots),
-            # The trainer's softmax has all rows of the head, so the sampler's has too.
-            vocab_size=model.config.vocab_size, record_experts=keep_routing, record_kept=keep_sampling_mask,
-        )  # fmt: skip
+        with self._laid_out():
+            slots = -(-slots // degree("batch")) * degree("batch")  # what a mesh can split
+            self.engine = Engine(
+                model, None, slots=slots, places=max_prompt_tokens + max_new_tokens, chunk=min(max_prompt_tokens, 1024),
+                decode_steps=min(max_new_tokens, 16), prefill_rows=min(8, slots),
+                # The trainer's softmax has all rows of the head, so the sampler's has too.
+                vocab_size=model.config.vocab_size, record_experts=keep_routing, record_kept=keep_sampling_mask,
+            )  # fmt: skip
 
     def load(self, variables: Any) -> None:
         """Takes the trainer's weights, and makes sure that it has them.
 
         Raises: ValueError naming leaves that differ.
         """
-        self.engine.load(variables)
+        moved = variables
+        if self.mesh is not None:
+            boxed = abstract_variables(self.model.config)
+            shardings = tree_shardings(self.mesh, {name: boxed[name] for name in variables})
+            moved = jax.device_put(variables, shardings)
+        with self._laid_out():
+            self.engine.load(moved)
         if self.engine.weights is None:
             raise ValueError("the sampler has no weights: give it the trainer's before it generates")
-        require_same(self.model, variables, self.engine.weights)
+        require_same(self.model, variables, self.engine.weights, self.mesh)
+
+    def _laid_out(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
     def release(self) -> None:
         """Frees weights and caches, whose memory the update can have; `load` brings them back."""
@@ -136,14 +154,15 @@ class Sampler:
                 seed=zlib.crc32(f"{seed}/{place}".encode()), stop_ids=self.prompter.stop_ids,
             )  # fmt: skip
             requests.append(Request(prompt=ids, sampling=sampling, samples=samples))
-        groups = [self.engine.submit(request) for request in requests]
-        try:
-            while self.engine.busy:
-                self.engine.step()
-                beat()
-        finally:
-            for generation in (generation for group in groups for generation in group):
-                self.engine.cancel(generation)  # of those that have not ended
+        with self._laid_out():
+            groups = [self.engine.submit(request) for request in requests]
+            try:
+                while self.engine.busy:
+                    self.engine.step()
+                    beat()
+            finally:
+                for generation in (generation for group in groups for generation in group):
+                    self.engine.cancel(generation)  # of those that have not ended
         return [
             Completion(problem, list(request.prompt), generation, self.prompter.text(generation.tokens))
             for problem, request, group in zip(problems, requests, groups, strict=True)

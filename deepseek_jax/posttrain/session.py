@@ -37,7 +37,7 @@ T = TypeVar("T")
 Line = dict[str, Any]
 
 FREE = (
-    "mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "verify_checkpoints",
+    "mesh", "generation_mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "verify_checkpoints",
     "max_skipped_in_a_row", "hang_timeout_s", "writers",
 )  # fmt: skip
 """Fields of a configuration that may change when a run goes on."""
