@@ -76,7 +76,9 @@ def test_a_policys_weights_move_to_the_layout_of_its_rollouts():
         sampler.load(placed)
         with use_mesh(generation):
             assert [g.tokens for g in sampler.engine.generate(requests)] == expected
+        weights = sampler.engine.weights
+        assert weights is not None
         other = jax.tree.map(lambda x: x, placed)
         other["params"]["final_norm"]["scale"] = placed["params"]["final_norm"]["scale"] + 1
         with pytest.raises(ValueError, match=r"1 of \d+ leaves of the sampler are not the trainer's"):
-            require_same(model, other, sampler.engine.weights, generation)
+            require_same(model, other, weights, generation)

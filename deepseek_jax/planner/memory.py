@@ -154,7 +154,11 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
     compute = ITEM[model.dtype]
 
     def gathered(stack: str) -> list[int]:
-        return [used(leaf, degrees) * compute for leaf in found if leaf.stack == stack and not leaf.wide]
+        return [
+            used(leaf, degrees) * compute // (model.expert_gather_parts if "/experts/" in leaf.path else 1)
+            for leaf in found
+            if leaf.stack == stack and not leaf.wide
+        ]
 
     stacks = _stacks(request)
     if model.dtype != model.param_dtype:
@@ -204,12 +208,9 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     yield Buffer("gathered head", "loss", whole * ITEM[model.dtype], ("loss",))
     yield Buffer("gradient of the head", "loss", whole * 4, ("loss",))
     if request.topology.devices > 1:
-        # Compiled programs hold it a second time while it is added up, and the embedding whole, with its gradient.
         yield Buffer("gradient of the head, added up", "loss", whole * 4, ("loss",))
-        table = used(next(leaf for leaf in leaves(model) if leaf.part == "embedding"), degrees) * ITEM[model.dtype]
-        yield Buffer("gathered embedding", "embedding in use", table, ("forward",))
-        for which in ("gradient of the embedding", "gradient of the embedding, added up"):
-            yield Buffer(which, "embedding in use", table, ("backward",))
+        rows = request.rows * request.length * model.hidden_size  # a device's own, on their way to it
+        yield Buffer("embedded tokens, exchanged", "embedding in use", rows * 4, ("forward", "backward"))
 
 
 def cache_bytes(request: PlanRequest) -> dict[str, int]:

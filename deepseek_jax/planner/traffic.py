@@ -92,6 +92,11 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         if axes:
             itemsize = param if leaf.wide else compute
             groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, degrees) * itemsize
+    if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more
+        for leaf in trained(request):
+            if "/experts/" in leaf.path and (axes := gathered_axes(leaf, degrees)):
+                n, size = math.prod(degrees[axis] for axis in axes), leaf.layers * used(leaf, degrees) * compute
+                yield _one(request, "experts gathered in parts", axes, pieces * size * (n - 1) / n)
     for axes, size in groups.items():
         n = math.prod(degrees[axis] for axis in axes)
         moved = size * (n - 1) / n
