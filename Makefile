@@ -52,6 +52,7 @@ studies: ## run the experiments again: an hour; their results are committed
 	$(VENV)/bin/python experiments/pretraining_small/run.py
 	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/r1_zero_small/run.py --study
 	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/hosts/run.py
+	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/mesh_equality/run.py
 
 goldens: ## make tests/golden anew from transformers
 	$(install) "parity,$(EXTRAS)"

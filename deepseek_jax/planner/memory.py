@@ -205,10 +205,12 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     head = next((leaf for leaf in leaves(model) if leaf.part == "head"), None)
     head = head or next(leaf for leaf in leaves(model) if leaf.part == "embedding")
     whole = used(head, degrees)
-    yield Buffer("gathered head", "loss", whole * ITEM[model.dtype], ("loss",))
-    yield Buffer("gradient of the head", "loss", whole * 4, ("loss",))
-    if request.topology.devices > 1:
-        yield Buffer("gradient of the head, added up", "loss", whole * 4, ("loss",))
+    several = request.topology.devices > 1
+    # Compiled programs hold what is gathered, and what is added up, once more on its way; the latter for every depth.
+    depths = 1 + (model.num_nextn_predict_layers if request.step == "train" else 0)
+    yield Buffer("gathered head", "loss", (1 + several) * whole * ITEM[model.dtype], ("loss",))
+    yield Buffer("gradient of the head", "loss", (1 + several * depths) * whole * 4, ("loss",))
+    if several:
         rows = request.rows * request.length * model.hidden_size  # a device's own, on their way to it
         yield Buffer("embedded tokens, exchanged", "embedding in use", rows * 4, ("forward", "backward"))
 
