@@ -25,6 +25,7 @@ def test_latents_alone_go_round_and_no_sequence_is_whole():
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5p-8",
         TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several tests compile at once
         PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     )
     child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"),
 ]
 
-B, T, D, F, E, W = 24, 128, 640, 384, 16, 3072
+B, T, D, F, E, W = 40, 128, 640, 384, 16, 3072
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def step() -> tuple[Compiled, dict[str, tuple[int, ...]]]:
     request = make_request("deepseek-v3-micro", "v5e:2x4", "fsdp=4,expert=2", seq=128, batch=B, remat="full")
     model = request.run.model
     ffn = replace(model.ffn, n_routed_experts=E, moe_intermediate_size=F, intermediate_size=1152)
-    model = replace(model, hidden_size=D, vocab_size=W, num_hidden_layers=3, ffn=ffn, max_position_embeddings=T)
+    model = replace(model, hidden_size=D, vocab_size=W, num_hidden_layers=3, ffn=ffn, dtype="bfloat16")
     request = replace(request, run=replace(request.run, model=model))
     leaves = jax.tree_util.tree_leaves_with_path(unbox(abstract_variables(model))["params"])
     return compile_plan(request), {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
