@@ -63,7 +63,7 @@ def test_weights_travel_one_layer_at_a_time_in_the_compute_dtype(step):
         dtype, dims = one.shape.rstrip("]").split("[")
         shape = tuple(int(dim) for dim in dims.split(",") if dim not in ("", "1"))
         assert not (dtype == "f32" and prod(shape) >= D * 64), f"{one} is a weight in float32"
-        assert shape not in stacks, f"{one} is a whole stack of layers"
+        assert not (len(shape) > 2 and shape in stacks), f"{one} is a whole stack of layers"
 
 
 def test_nothing_in_float32_is_whole(step):
