@@ -28,14 +28,12 @@ native = exchange.ragged_all_to_all
 
 def layer(way: str, arrays: Any, cotangent: jax.Array) -> Any:
     """Compiled value and gradients of the layer, by one way of exchange."""
-    kind = "ring" if way == "ring" else "ragged"
+    chosen = expert_parallel.Exchange(way="ring" if way == "ring" else "ragged")
     exchange.ragged_all_to_all = partial(native, implementation="emulated") if way == "emulated" else native
 
     def total(arrays: Any, indices: jax.Array) -> jax.Array:
         x, weights, *matrices = arrays
-        out, _ = expert_parallel.parallel_experts(
-            x, indices, weights, *matrices, exchange=kind, buffer_factor=None, gather_parts=1, decoding=False
-        )
+        out, _ = expert_parallel.parallel_experts(x, indices, weights, *matrices, exchange=chosen, decoding=False)
         return (out.astype(jnp.float32) * cotangent).sum()
 
     run = jax.jit(jax.value_and_grad(total))

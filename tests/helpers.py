@@ -13,6 +13,8 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.training import MultiStep, RunConfig
+from deepseek_jax.training.loss import loss_parts, make_totals
+from deepseek_jax.training.state import abstract_state
 
 
 def micro(kind: str, **fields: Any) -> ModelConfig:
@@ -52,6 +54,23 @@ def run_config(model: ModelConfig, **fields: Any) -> RunConfig:
         data=DataConfig(tokenizer="unused"),
     )  # fmt: skip
     return RunConfig(model=model, **(defaults | fields))
+
+
+def loss_and_gradients(run: RunConfig, variables: Any, batch: Any) -> Any:
+    """((objective, its parts with the routers' statistics), the gradient by every parameter)."""
+
+    def objective(params: Any) -> Any:
+        totals = make_totals(batch, run.model.num_nextn_predict_layers, jnp.float32)
+        return loss_parts(run, params, variables.get("router", {}), batch, totals, 0.3)
+
+    return jax.value_and_grad(objective, has_aux=True)(variables["params"])
+
+
+def variables_on(mesh: Any, run: RunConfig, variables: Any) -> Any:
+    """Variables in their shards."""
+    state = abstract_state(run, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, {"params": state.params, "router": state.router})
+    return {k: jax.device_put(x, shardings[k]) for k, x in variables.items()}
 
 
 def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.0) -> None:

@@ -11,11 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, micro, random_tokens, random_variables, run_config
+from helpers import (
+    assert_trees_close,
+    loss_and_gradients,
+    micro,
+    random_tokens,
+    random_variables,
+    run_config,
+    variables_on,
+)
+from marks import needs_8
 
 import deepseek_jax as dsj
 from deepseek_jax.config import MoE
 from deepseek_jax.kernels.attention import attention_reference, splash_tpu
+from deepseek_jax.kernels.attention.reference import Masks
 from deepseek_jax.layers import context as layers_context
 from deepseek_jax.layers.balance import within_capacity
 from deepseek_jax.layers.context import Context
@@ -23,11 +33,10 @@ from deepseek_jax.layers.mla import mla_absorbed, mla_expanded
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.parallel.ring import natural, ordered, zigzag
 from deepseek_jax.training.begin import check_pieces
-from deepseek_jax.training.loss import from_chunks, in_chunks, loss_parts, make_totals
-from deepseek_jax.training.state import abstract_state
+from deepseek_jax.training.loss import from_chunks, in_chunks
 from deepseek_jax.training.step import place_batch
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+pytestmark = needs_8
 
 
 def _mesh(**degrees):
@@ -97,23 +106,6 @@ def test_ring_is_attention_in_float64(kind, layout, segments, monkeypatch):
         assert_trees_close(actual, expected, rtol=1e-12)
 
 
-def _loss_and_gradients(run, variables, batch):
-    """The objective, its parts with the routers' statistics, and the gradient by every parameter."""
-
-    def objective(params):
-        totals = make_totals(batch, run.model.num_nextn_predict_layers, jnp.float32)
-        return loss_parts(run, params, variables.get("router", {}), batch, totals, 0.3)
-
-    return jax.value_and_grad(objective, has_aux=True)(variables["params"])
-
-
-def _placed(run, mesh, variables):
-    """Variables in their shards."""
-    state = abstract_state(run, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, {"params": state.params, "router": state.router})
-    return {k: jax.device_put(x, shardings[k]) for k, x in variables.items()}
-
-
 def _moe_only(kind, **fields):
     """One MoE layer, and the multi-token module where the kind has one."""
     config = micro(kind, num_hidden_layers=1)
@@ -144,10 +136,10 @@ def test_a_step_has_the_numbers_of_one_device(name, layout):
         "segment_ids": _ids(shape),
         "loss_mask": jnp.asarray(np.random.default_rng(5).random(shape) < 0.8),
     }
-    expected = jax.jit(partial(_loss_and_gradients, run))(variables, batch)
+    expected = jax.jit(partial(loss_and_gradients, run))(variables, batch)
     mesh = _mesh(**layout)
     with use_mesh(mesh):
-        actual = jax.jit(partial(_loss_and_gradients, run))(_placed(run, mesh, variables), place_batch(batch, mesh))
+        actual = jax.jit(partial(loss_and_gradients, run))(variables_on(mesh, run, variables), place_batch(batch, mesh))
     assert_trees_close(actual, expected, rtol=1e-5)
 
 
@@ -160,8 +152,8 @@ def test_no_device_holds_a_whole_sequence(kind):
     mesh, variables = _mesh(context=shards, fsdp=2), random_variables(config)
     with use_mesh(mesh):
         batch = {"tokens": random_tokens(config, (2, T + 1))}
-        placed = _placed(run, mesh, variables)
-        program = jax.jit(partial(_loss_and_gradients, run)).lower(placed, place_batch(batch, mesh)).compile()
+        placed = variables_on(mesh, run, variables)
+        program = jax.jit(partial(loss_and_gradients, run)).lower(placed, place_batch(batch, mesh)).compile()
     text = program.as_text() or ""
     shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
     assert any(T // shards in shape for shape in shapes)
@@ -212,16 +204,16 @@ def test_parts_by_splash_weigh_and_differentiate_as_the_plain_ones(causal, heads
     shapes = ((B, T, N, H), (B, T, heads, H), (B, T, heads, V), (B, T, N, V))
     q, k, v, d_out = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for shape in shapes)
     ids = _ids((B, T))
-    masks: dict[str, Any] = dict(
+    masks = Masks(
         scale=0.3, causal=causal, q_segment_ids=ids, kv_segment_ids=ids if causal else jnp.where(ids > 2, 0, ids)
     )
-    expected, lse = plain.block_forward(q, k, v, **masks)
-    out, splash_lse = splash_tpu.block_forward(q, k, v, interpret=True, **masks)
+    expected, lse = plain.block_forward(q, k, v, masks)
+    out, splash_lse = splash_tpu.block_forward(q, k, v, masks, interpret=True)
     shares = [jnp.exp(jnp.maximum(x, -1e30)).swapaxes(1, 2)[..., None] for x in (lse, splash_lse)]
     assert_trees_close((shares[1], out * shares[1]), (shares[0], expected * shares[0]), rtol=2e-6)
     whole = (q, k, v, expected, jnp.maximum(lse, 0) + 0.5, d_out)  # of more keys than these
     assert_trees_close(
-        splash_tpu.block_backward(*whole, interpret=True, **masks), plain.block_backward(*whole, **masks), rtol=2e-6
+        splash_tpu.block_backward(*whole, masks, interpret=True), plain.block_backward(*whole, masks), rtol=2e-6
     )
 
 

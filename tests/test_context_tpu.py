@@ -3,32 +3,24 @@
 The compiler runs in a child process, because its settings are read once. Run this file as a script to see what it prints.
 """
 
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
+from marks import needs_libtpu
+
+from deepseek_jax.planner.compiled import environment
 
 HEADS, LATENT, ROPE, PLACES = 4, 512, 64, 1024  # of MLA, and of a device's part of a sequence
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_libtpu
 def test_latents_alone_go_round_and_no_sequence_is_whole():
-    environment = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several tests compile at once
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    child = subprocess.run(
+        [sys.executable, __file__], env=environment("v5p"), capture_output=True, text=True, timeout=900
     )
-    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stderr[-4000:]
     split = json.loads(child.stdout)
     assert split["kernels"] >= 4  # a shard's own part and the others', forward and backward

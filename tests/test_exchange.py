@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import needs_8
 
-from deepseek_jax.layers.expert_parallel import parallel_experts
+from deepseek_jax.layers.expert_parallel import Exchange, parallel_experts
 from deepseek_jax.layers.experts import routed_experts
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.parallel.exchange import by_expert, plan_runs, send_rows
@@ -16,7 +17,7 @@ from deepseek_jax.parallel.rules import axes_of, sharded_map
 
 S, E, D = 4, 8, 3
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+pytestmark = needs_8
 
 
 def counts(seed: int, rows: int) -> np.ndarray:
@@ -104,7 +105,7 @@ def test_values_and_gradients_equal_one_device(exchange, layout, parts):
 
     def spread(x, weights, *matrices):
         out, left = parallel_experts(
-            x, indices, weights, *matrices, exchange=exchange, buffer_factor=None, gather_parts=parts, decoding=False
+            x, indices, weights, *matrices, exchange=Exchange(way=exchange, gather_parts=parts), decoding=False
         )
         return (out * cotangent).sum(), left
 
@@ -120,7 +121,11 @@ def test_values_and_gradients_equal_one_device(exchange, layout, parts):
 def test_what_finds_no_place_is_left_out_and_counted(exchange):
     x, indices, weights, *matrices = experts_of(1, True)  # every token to the experts 0 and 1, of the first shard
     pairs = indices.size
-    run = partial(parallel_experts, exchange=exchange, gather_parts=1, decoding=False)
+
+    def run(*arguments, buffer_factor):
+        way = Exchange(way=exchange, buffer_factor=buffer_factor)
+        return parallel_experts(*arguments, exchange=way, decoding=False)
+
     with use_mesh(make_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])):
         whole, none = jax.jit(partial(run, buffer_factor=None))(x, indices, weights, *matrices)
         some, left = jax.jit(partial(run, buffer_factor=2.0))(x, indices, weights, *matrices)

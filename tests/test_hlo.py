@@ -3,23 +3,20 @@
 A V3 with sizes that no other dim has, fsdp 4 × expert 2, its step compiled for an absent v5e:2x4 in a child process.
 """
 
-import importlib.util
 import re
 from dataclasses import replace
 from math import prod
 
 import jax
 import pytest
+from marks import needs_libtpu
 
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.parallel.rules import unbox
 from deepseek_jax.planner.ask import make_request
 from deepseek_jax.planner.compiled import Compiled, compile_plan
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"),
-]
+pytestmark = [pytest.mark.aot, needs_libtpu]
 
 B, T, D, F, E, W = 40, 128, 640, 384, 16, 3072
 

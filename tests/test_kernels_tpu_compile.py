@@ -4,38 +4,26 @@ The compiler comes with libtpu and runs on any CPU. It is started in a child pro
 from the environment. Run this file as a script, with a topology's name, to see what the child prints.
 """
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from marks import needs_libtpu
 
-TOPOLOGIES = {"v5p:2x2x1": "v5p-8", "v5e:2x2": "v5litepod-4"}
+from deepseek_jax.planner.compiled import environment
+
+TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2")
 ENGINE = "v5e:2x2"  # where the engine's programs are compiled too; they take as long as all else
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
 
 
 @needs_libtpu
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_routes_compile_for_an_absent_tpu(topology):
-    environment = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE=TOPOLOGIES[topology],
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several tests compile at once
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-    )
     child = subprocess.run(
-        [sys.executable, __file__, topology], env=environment, capture_output=True, text=True, timeout=600
-    )
+        [sys.executable, __file__, topology], env=environment(topology.split(":")[0]), capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
     assert child.returncode == 0, child.stderr[-4000:]
     rows = {row["case"]: row for row in map(json.loads, child.stdout.splitlines())}
     engine = {"prefill", "decode"} if topology == ENGINE else set()

@@ -5,15 +5,22 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import assert_trees_close, micro, random_tokens, random_variables, run_config
+from helpers import (
+    assert_trees_close,
+    loss_and_gradients,
+    micro,
+    random_tokens,
+    random_variables,
+    run_config,
+    variables_on,
+)
+from marks import needs_8
 
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.training.bias import update_router
-from deepseek_jax.training.loss import loss_parts, make_totals
-from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import place_batch
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+pytestmark = needs_8
 
 # Every layout of the study (experiments/mesh_equality): name -> degrees (what is left over is data's), fields of the model.
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
@@ -54,21 +61,16 @@ def numbers(run: Any, layout: MeshConfig, devices: int) -> dict[str, Any]:
     mesh = make_mesh(layout, jax.devices()[:devices])
     variables = random_variables(run.model)
     with use_mesh(mesh):
-        state = abstract_state(run, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.router))
-        params, router = jax.device_put((variables["params"], variables.get("router", {})), shardings)
+        variables = variables_on(mesh, run, variables)
+        shardings = jax.tree.map(lambda x: x.sharding, variables)
         batch = place_batch(batch_of(run), mesh)
 
-        def objective(params: Any, router: Any, batch: Any) -> Any:
-            totals = make_totals(batch, run.model.num_nextn_predict_layers, np.dtype("float32"))
-            return loss_parts(run, params, router, batch, totals, 0.3)
+        def compute(variables: Any, batch: Any) -> Any:
+            (total, losses), grads = loss_and_gradients(run, variables, batch)
+            return total, losses, grads, update_router(variables.get("router", {}), losses.router, 0.001)
 
-        def compute(params: Any, router: Any, batch: Any) -> Any:
-            (total, losses), grads = jax.value_and_grad(objective, has_aux=True)(params, router, batch)
-            return total, losses, grads, update_router(router, losses.router, 0.001)
-
-        out = (None, None, shardings[0], shardings[1])
-        total, losses, grads, router = jax.jit(compute, out_shardings=out)(params, router, batch)
+        out = (None, None, shardings["params"], shardings.get("router", {}))
+        total, losses, grads, router = jax.jit(compute, out_shardings=out)(variables, batch)
     return jax.device_get(
         {"total": total, "main": losses.main, "mtp": losses.mtp, "balance": losses.balance, "grads": grads,
          "stats": losses.router, "router": router}

@@ -4,7 +4,6 @@
 """
 
 import functools
-import importlib.util
 import math
 import re
 from dataclasses import astuple, replace
@@ -13,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, micro, random_tokens, random_variables, run_config
+from helpers import assert_trees_close, loss_and_gradients, micro, random_tokens, random_variables, run_config
+from marks import needs_8, needs_libtpu
 
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
@@ -24,11 +24,10 @@ from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.topology import parse_topology
 from deepseek_jax.training import RunConfig
 from deepseek_jax.training.begin import check_pieces
-from deepseek_jax.training.loss import loss_parts, make_totals
 from deepseek_jax.training.state import abstract_state, init_state
 from deepseek_jax.training.step import compile_train_step, make_train_step, place_batch
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+pytestmark = needs_8
 
 
 def _model(kind, layers):
@@ -53,25 +52,11 @@ def _batch(run):
     return {"tokens": tokens, "segment_ids": jnp.where(places < 6 + rows, places // 5 + 1, 0).astype(jnp.int32)}
 
 
-def _gradients(run):
-    """The function from variables and batch to the objective, its parts with all statistics, and every gradient."""
-
-    def parts(variables, batch):
-        totals = make_totals(batch, run.model.num_nextn_predict_layers, jnp.float32)
-
-        def objective(params):
-            return loss_parts(run, params, variables.get("router", {}), batch, totals, 0.3)
-
-        return jax.value_and_grad(objective, has_aux=True)(variables["params"])
-
-    return parts
-
-
 @functools.cache
 def _expected(kind, layers):
     run = _run(kind, layers)
     variables = random_variables(run.model)
-    return variables, jax.device_get(jax.jit(_gradients(run))(variables, _batch(run)))
+    return variables, jax.device_get(jax.jit(functools.partial(loss_and_gradients, run))(variables, _batch(run)))
 
 
 CASES = [
@@ -86,7 +71,7 @@ def test_losses_statistics_and_gradients_equal_one_device(kind, layers, mesh, pi
     variables, expected = _expected(kind, layers)
     run = _run(kind, layers, mesh, pipeline, remat=remat)
     with use_mesh(make_mesh(mesh, jax.devices()[: math.prod(astuple(mesh))])):
-        actual = jax.jit(_gradients(run))(variables, _batch(run))
+        actual = jax.jit(functools.partial(loss_and_gradients, run))(variables, _batch(run))
     assert_trees_close(actual, expected, rtol=1e-5)
     (_, losses), _ = expected
     if losses.router:
@@ -209,7 +194,7 @@ def test_what_does_not_fit_is_refused_with_numbers():
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_libtpu
 def test_a_step_compiles_for_an_absent_tpu():
     """Weights go to their stages in bfloat16, before any gradient does in float32."""
     model = replace(_model("v3", 3), dtype="bfloat16", remat="full")

@@ -3,20 +3,16 @@
 Each compilation runs in a child process, as `compile_plan` starts it.
 """
 
-import importlib.util
 import json
 import sys
 
 import pytest
+from marks import needs_libtpu
 
 from deepseek_jax.cli import main
 from deepseek_jax.planner.ask import make_request
 from deepseek_jax.planner.compiled import _wanted, compile_plan
 from deepseek_jax.planner.hlo import allocations, collectives_in, op_names, shape_bytes, summary
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
 
 PROGRAM = """
 %async.1 (p: bf16[1,16,32]) -> bf16[1,64,32] {

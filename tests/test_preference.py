@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_close, micro, random_variables, save_model_of_bytes
+from marks import needs_8
 from stops import stopped_at
 from test_preference_data import write
 
@@ -199,7 +200,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(base, pairs, whole, tmp_path
     assert same(again.metrics) == same(whole.metrics)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+@needs_8
 def test_shards_change_nothing(whole, tmp_path):
     config = replace(whole.config, mesh=MeshConfig(fsdp=4, tensor=2, data=1), pieces=2, batch_size=16)
     run = prefer(config, tmp_path, progress=False)
@@ -209,7 +210,7 @@ def test_shards_change_nothing(whole, tmp_path):
     assert_trees_close(run.state.params, whole.state.params, rtol=1e-2)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+@needs_8
 def test_what_cannot_be_run_is_refused(base, pairs, tmp_path, capsys):
     for fields, said in (
         (dict(epochs=1), r"Prefer.epochs = 1: give epochs or steps \(= 7\), one of the two"),

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import micro, random_tokens, random_variables, run_config
+from marks import needs_8
 
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.infer.engine import Engine, Request, Sampling
@@ -18,7 +19,7 @@ from deepseek_jax.posttrain.sampler import Sampler
 from deepseek_jax.training.state import abstract_state, init_state
 from deepseek_jax.training.step import compile_train_step, place_batch
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+pytestmark = needs_8
 
 
 def _run():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import micro, random_variables, run_config
+from marks import needs_8
 from test_chat_data import pad_is_eos, talk, write
 
 import deepseek_jax as dsj
@@ -238,7 +239,7 @@ def test_adapters_alone_are_trained_and_merge():
     assert moments < 2 * sum(leaf.size for leaf in jax.tree.leaves(state.lora["adapters"])) + 10
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
+@needs_8
 def test_adapters_of_experts_lie_on_a_mesh():
     run = run_config(micro("v3"), lora=LoRA(rank=2), mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
     state = abstract_state(run, make_mesh(run.mesh))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_close, micro, random_tokens, run_config
+from marks import needs_8
 
 from deepseek_jax.layers.balance import exempt_sequences
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
@@ -71,9 +72,6 @@ def _routed(**fields):
     """V3's gates and multi-token module around the plainest attention, since the test below compiles nine programs."""
     config = micro("moe", num_hidden_layers=1, num_nextn_predict_layers=1, initializer_range=0.2, **fields)
     return replace(config, ffn=replace(micro("v3").ffn, first_k_dense_replace=0))
-
-
-needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; the CPU has 8 virtual ones")
 
 
 @needs_8

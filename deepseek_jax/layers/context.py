@@ -44,7 +44,7 @@ def attend(q_BTNH: Array, k_BTKH: Array, v_BTKV: Array, context: Context, scale:
     if degree("length") > 1:
         ring = _ring(lambda moving, _: (moving[0], moving[1]), scale)
         names = (_HEADS, (kv_names, kv_names), ())
-        return ring_attention(ring, q_BTNH, (k_BTKH, v_BTKV), (), context.segment_ids, names, v_BTKV.shape[-1])
+        return ring_attention(ring, q_BTNH, (k_BTKH, v_BTKV), (), context.segment_ids, names)
     ids = None if context.segment_ids is None else ("batch", "length")
 
     def local(q: Array, k: Array, v: Array, q_ids: Array | None, kv_ids: Array | None) -> Array:
@@ -62,7 +62,6 @@ def attend_latent(
     expand: Callable[..., tuple[Array, Array]],
     context: Context,
     scale: float,
-    value_dim: int,
 ) -> Array:
     """`attend` with keys and values made from a latent: where the mesh splits sequences, latent and rotated key go round.
 
@@ -74,7 +73,6 @@ def attend_latent(
         expand: (c_kv, k_rope, *weights) -> keys [B, T, K, H] and values [B, T, K, V], of all heads or of a device's.
         context: masks of the forward pass.
         scale: of the softmax.
-        value_dim: V.
     """
     if degree("length") == 1:
         k, v = expand(c_kv_BTC, k_rope_BTR, *weights)
@@ -83,7 +81,7 @@ def attend_latent(
         return attend(q_BTNH, k, v, context, scale)
     ring = _ring(lambda moving, fixed: expand(*moving, *fixed), scale)
     names = (_HEADS, (("batch", "length", "none"),) * 2, (("none", "act_heads", "head_dim"),) * len(weights))
-    return ring_attention(ring, q_BTNH, (c_kv_BTC, k_rope_BTR), weights, context.segment_ids, names, value_dim)
+    return ring_attention(ring, q_BTNH, (c_kv_BTC, k_rope_BTR), weights, context.segment_ids, names)
 
 
 def _ring(expand: Callable[..., tuple[Array, Array]], scale: float) -> Ring:

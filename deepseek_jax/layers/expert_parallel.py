@@ -12,6 +12,7 @@ Everything is local to one `shard_map`, so the same code runs where the experts 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -32,14 +33,27 @@ from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, 
 from deepseek_jax.parallel.rules import axes_of, sharded_map
 from deepseek_jax.types import Array
 
-Exchange = Literal["ragged", "ring"]
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """How the ambient mesh serves routed experts; the fields `expert_…` of `ModelConfig`."""
+
+    way: Literal["ragged", "ring"] = "ragged"
+    """How tokens get to their experts."""
+    buffer_factor: float | None = None
+    """Places of a shard for the pairs it receives, over its even share of them; None: room for all that can come. Pairs
+    that find no place are left out and counted."""
+    gather_parts: int = 1
+    """Runs in which a device gathers its experts and serves their rows, one after the other."""
+
+
 _TOKENS = ("batch", "length", "none")
 _INWARD, _OUTWARD = ("expert", "expert_embed", "ffn"), ("expert", "ffn", "expert_embed")
 
 
 def parallel_experts(
     x_BTD: Array, indices_BTX: Array, weights_BTX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array,
-    *, exchange: Exchange, buffer_factor: float | None, gather_parts: int, decoding: bool,
+    *, exchange: Exchange, decoding: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
     """As `routed_experts`, under the ambient mesh.
 
@@ -50,10 +64,7 @@ def parallel_experts(
         w_gate_EDF: as stored, like the other two; each device gathers its experts in the dtype of `x_BTD`.
         w_up_EDF: see `w_gate_EDF`.
         w_down_EFD: see `w_gate_EDF`.
-        exchange: how tokens get to their experts.
-        buffer_factor: places of a shard for the pairs it receives, over its even share of them; None: room for all that
-            can come. Pairs that find no place are left out and counted.
-        gather_parts: runs in which a device gathers its experts and serves their rows, one after the other.
+        exchange: see there.
         decoding: no gradient is wanted, and there may be few tokens.
 
     Returns:
@@ -68,7 +79,7 @@ def parallel_experts(
         X = indices.shape[-1]
         x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
         whole = partial(_gathered, axes=storage, dtype=dtype)
-        swiglu = partial(_in_parts, gather_parts, stored, whole)
+        swiglu = partial(_in_parts, exchange.gather_parts, stored, whole)
         if not experts:
             few = few_tokens_experts(x_MD, indices_MX, weights_MX, *whole(stored)) if decoding else None
             out_MD = sorted_experts(x_MD, indices_MX, weights_MX, E, swiglu) if few is None else few
@@ -76,8 +87,9 @@ def parallel_experts(
         else:
             S = lax.axis_size(experts)
             most = S * B * T * min(X, E // S)
-            rows = most if buffer_factor is None else min(most, 8 * math.ceil(buffer_factor * B * T * X / 8))
-            serve = _ragged if exchange == "ragged" and not decoding else _ring
+            factor = exchange.buffer_factor
+            rows = most if factor is None else min(most, 8 * math.ceil(factor * B * T * X / 8))
+            serve = _ragged if exchange.way == "ragged" and not decoding else _ring
             out_MD, left_out = serve(x_MD, indices_MX, weights_MX, swiglu, E, rows, experts)
         if inner:  # every device has summed over its part of F
             out_MD = lax.psum(out_MD, inner)
@@ -153,7 +165,7 @@ def _ring(
     out_RD = checkpoint_name(swiglu(x_RD, sizes_E), "expert_out")
     served = jnp.arange(rows) < ends_E[-1]
     weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
-    weighed = (out_RD.astype(weight_R.dtype) * weight_R[:, None]).astype(x_MD.dtype)
-    out_AD = jax.ops.segment_sum(weighed.astype(weight_R.dtype), pair_R // X, num_segments=len(x_AD))
+    weighed_RD = out_RD.astype(weight_R.dtype) * weight_R[:, None]
+    out_AD = jax.ops.segment_sum(weighed_RD, pair_R // X, num_segments=len(x_AD))
     out_MD = lax.psum_scatter(out_AD.astype(x_MD.dtype), axes, scatter_dimension=0, tiled=True)
     return out_MD, (counts_E[:-1].sum() - ends_E[-1]).astype(jnp.float32)

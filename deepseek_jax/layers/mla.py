@@ -43,9 +43,7 @@ def mla_expanded(
         scale: softmax scale, (P + R)^-0.5 and YaRN's m².
     """
     q = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
-    return attend_latent(
-        q, c_kv_BTC, k_rope_BTR, (w_uk_CNP, w_uv_CNV), _heads, context, scale, w_uv_CNV.shape[-1]
-    )  # fmt: skip
+    return attend_latent(q, c_kv_BTC, k_rope_BTR, (w_uk_CNP, w_uv_CNV), _heads, context, scale)
 
 
 def _heads(c_kv_BTC: Array, k_rope_BTR: Array, w_uk_CNP: Array, w_uv_CNV: Array) -> tuple[Array, Array]:
@@ -81,7 +79,7 @@ def mla_absorbed(
     q_latent_BTNC = shard(jnp.einsum("btnp,cnp->btnc", q_nope_BTNP, w_uk_CNP), *_HEADS)
     q = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
     if latent_B1SL is None:
-        out_BTNC = attend_latent(q, c_kv_BTC, k_rope_BTR, (), _latent, context, scale, c_kv_BTC.shape[-1])
+        out_BTNC = attend_latent(q, c_kv_BTC, k_rope_BTR, (), _latent, context, scale)
     else:
         assert context.positions is not None
         # The rotated key is weighted along with the latent and cut off: cheaper than values cut out of the cache.

@@ -27,9 +27,7 @@ class Experts(nn.Module):
     moe_intermediate_size: int
     param_dtype: str
     stddev: float
-    exchange: Exchange = "ragged"
-    buffer_factor: float | None = None
-    gather_parts: int = 1
+    exchange: Exchange = Exchange()
 
     @nn.compact
     def __call__(
@@ -51,10 +49,8 @@ class Experts(nn.Module):
         )
         if on_mesh():
             return parallel_experts(
-                x_BTD, indices_BTX, weights_BTX, *matrices,
-                exchange=self.exchange, buffer_factor=self.buffer_factor, gather_parts=self.gather_parts,
-                decoding=decoding,
-            )  # fmt: skip
+                x_BTD, indices_BTX, weights_BTX, *matrices, exchange=self.exchange, decoding=decoding
+            )
         flat = (x.reshape(B * T, -1) for x in (x_BTD, indices_BTX, weights_BTX))
         arguments = (*flat, *(w.astype(x_BTD.dtype) for w in matrices))
         out_MD = few_tokens_experts(*arguments) if decoding else None
@@ -68,9 +64,7 @@ class MoELayer(nn.Module):
     config: MoE
     param_dtype: str
     stddev: float
-    exchange: Exchange = "ragged"
-    buffer_factor: float | None = None
-    gather_parts: int = 1
+    exchange: Exchange = Exchange()
 
     @nn.compact
     def __call__(self, x_BTD: Array, context: Context, recorded_BTX: Array | None = None) -> tuple[Array, RouterStats]:
@@ -87,10 +81,7 @@ class MoELayer(nn.Module):
             kept = within_capacity(affinity, indices, context.valid, context.exempt, c)
             dropped = (~kept & context.valid[..., None]).sum().astype(scores.dtype)
             weights = weights * kept
-        experts = Experts(
-            c.n_routed_experts, c.moe_intermediate_size, exchange=self.exchange, buffer_factor=self.buffer_factor,
-            gather_parts=self.gather_parts, name="experts", **kwargs,
-        )  # fmt: skip
+        experts = Experts(c.n_routed_experts, c.moe_intermediate_size, exchange=self.exchange, name="experts", **kwargs)
         out, overflow = experts(x_BTD, indices, weights, decoding=context.positions is not None)
         out = shard(out, "batch", "length", "act_embed")
         if c.n_shared_experts:

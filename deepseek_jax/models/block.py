@@ -11,6 +11,7 @@ from deepseek_jax.config import GQA, Dense, ModelConfig, MoE
 from deepseek_jax.kernels.attention import cudnn_gpu
 from deepseek_jax.layers.cache import LayerCache
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.expert_parallel import Exchange
 from deepseek_jax.layers.gqa import GQAttention
 from deepseek_jax.layers.mla import MLAttention
 from deepseek_jax.layers.mlp import SwiGLU
@@ -55,10 +56,10 @@ class Block(nn.Module):
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
         if self.moe:
             assert isinstance(c.ffn, MoE)
-            moe = MoELayer(
-                c.ffn, exchange=c.expert_exchange, buffer_factor=c.expert_buffer_factor,
-                gather_parts=c.expert_gather_parts, name="ffn", **kwargs,
-            )  # fmt: skip
+            exchange = Exchange(
+                way=c.expert_exchange, buffer_factor=c.expert_buffer_factor, gather_parts=c.expert_gather_parts
+            )
+            moe = MoELayer(c.ffn, exchange=exchange, name="ffn", **kwargs)
             out_BTD, stats = moe(normed, context, recorded_BTX)
             return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0

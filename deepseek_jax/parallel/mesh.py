@@ -110,7 +110,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Make `mesh` the ambient one, and trace kernels for its devices' platform."""
+def use_mesh(mesh: Mesh | None) -> Iterator[Any]:
+    """Make `mesh` the ambient one, and trace kernels for its devices' platform. None: all stays as it is."""
+    if mesh is None:
+        yield mesh
+        return
     with platform.compile_for(platform.of_backend(mesh.devices.flat[0].platform)), jax.set_mesh(mesh):
         yield mesh

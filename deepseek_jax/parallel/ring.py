@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.parallel.rules import Names, degree, mapped_over, partition_spec, shard
+from deepseek_jax.parallel.rules import RULES, Names, degree, shard, sharded_map
 
-AXIS = "context"
+[AXIS] = RULES["length"]
 Arrays = tuple[jax.Array, ...]
 
 
@@ -54,8 +54,7 @@ def ordered(x: jax.Array, shards: int, axis: int) -> jax.Array:
 def natural(x: jax.Array, *names: str) -> jax.Array:
     """The inverse of `zigzag` for an array that is split over the mesh, by two exchanges of half a shard; `names` are its
     logical axes, "length" among them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = degree("length", mesh)
+    shards = degree("length")
     if shards == 1:
         return x
     axis, last = names.index("length"), 2 * shards - 1
@@ -71,8 +70,7 @@ def natural(x: jax.Array, *names: str) -> jax.Array:
         second = lax.ppermute(jnp.where(low_is_even, high, low), AXIS, odd)
         return jnp.concatenate([first, second], axis=axis)
 
-    spec = partition_spec(mesh, names, x.shape, "split sequence")
-    return mapped_over(local, (spec,), spec)(x)
+    return sharded_map(local, (names,), names)(x)
 
 
 class Ring(NamedTuple):
@@ -95,7 +93,6 @@ def ring_attention(
     fixed: Arrays,
     segment_ids: jax.Array | None,
     names: tuple[Names, Sequence[Names], Sequence[Names]],
-    value_dim: int,
 ) -> jax.Array:
     """Causal attention of sequences that lie in zig-zag order over the ambient mesh: [B, T, N, V] in the dtype of `q_BTNH`.
 
@@ -106,21 +103,16 @@ def ring_attention(
         fixed: what it takes besides; every shard has its own.
         segment_ids: int32 [B, T], 0 is padding; they go round too. None: one document a row.
         names: logical axes of the queries (and the output), of each of `moving`, and of each of `fixed`.
-        value_dim: V.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    groups = ((names[0],), names[1], names[2], (("batch", "length"),))
-    given = ((q_BTNH,), moving, fixed, () if segment_ids is None else (segment_ids,))
-    specs = tuple(
-        tuple(partition_spec(mesh, n, x.shape, "ring argument") for x, n in zip(arrays, group, strict=False))
-        for arrays, group in zip(given, groups, strict=True)
-    )
-    out_spec = partition_spec(mesh, names[0], (*q_BTNH.shape[:3], value_dim), "ring result")
+    ids = () if segment_ids is None else (segment_ids,)
+    begin_fixed = len(moving)
+    begin_ids = begin_fixed + len(fixed)
 
-    def local(q: Arrays, moving: Arrays, fixed: Arrays, ids: Arrays) -> jax.Array:
-        return _attend(ring, q[0], moving, fixed, ids)
+    def local(q: jax.Array, *others: jax.Array) -> jax.Array:
+        return _attend(ring, q, others[:begin_fixed], others[begin_fixed:begin_ids], others[begin_ids:])
 
-    return mapped_over(local, specs, out_spec)(*given)
+    in_names = (names[0], *names[1], *names[2], *[("batch", "length")] * len(ids))
+    return sharded_map(local, in_names, names[0])(q_BTNH, *moving, *fixed, *ids)
 
 
 def _next(tree: Any, shards: int) -> Any:

@@ -6,7 +6,7 @@ own rules replicate or drop in silence.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,27 +86,41 @@ def partition_spec(mesh: Mesh | AbstractMesh, names: Names, shape: Sequence[int]
     """
     if len(names) != len(shape):
         raise ValueError(f"{what}: {len(names)} logical axes {names} for {len(shape)} dims {tuple(shape)}")
-    used: dict[str, str] = {}
-    entries: list[tuple[str, ...] | None] = []
-    left = _free_axes(mesh)
-    for name, size in zip(names, shape, strict=True):
-        if name not in RULES:
-            raise ValueError(f"{what}: unknown logical axis {name!r}; known are {sorted(RULES)}")
-        taken = () if name == "stages" or "stages" not in names else RULES["stages"]
-        axes = tuple(axis for axis in RULES[name] if axis in left and axis not in taken)
-        degree = 1
-        for axis in axes:
-            if axis in used:
-                raise ValueError(f"{what}: mesh axis {axis!r} shards both {used[axis]!r} and {name!r} of {names}")
-            used[axis] = name
-            degree *= mesh.shape[axis]
+    dims = _axes(mesh, names, what)
+    for name, size, axes in zip(names, shape, dims, strict=True):
+        degree = math.prod(mesh.shape[axis] for axis in axes)
         if size % degree:
             raise ValueError(
                 f"{what}: dim {name!r} of {size} is not divisible by {' × '.join(axes)} = {degree}; "
                 f"choose degrees that divide it"
             )
-        entries.append(axes or None)
-    return PartitionSpec(*entries)
+    return _spec(dims)
+
+
+def _spec(dims: Iterable[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(axes or None for axes in dims))
+
+
+def _axes(mesh: Mesh | AbstractMesh, names: Names, what: str) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dim.
+
+    Raises:
+        ValueError: unknown name, or a mesh axis used twice.
+    """
+    used: dict[str, str] = {}
+    dims = []
+    left = _free_axes(mesh)
+    for name in names:
+        if name not in RULES:
+            raise ValueError(f"{what}: unknown logical axis {name!r}; known are {sorted(RULES)}")
+        taken = () if name == "stages" or "stages" not in names else RULES["stages"]
+        axes = tuple(axis for axis in RULES[name] if axis in left and axis not in taken)
+        for axis in axes:
+            if axis in used:
+                raise ValueError(f"{what}: mesh axis {axis!r} shards both {used[axis]!r} and {name!r} of {names}")
+            used[axis] = name
+        dims.append(axes)
+    return dims
 
 
 def _free_axes(mesh: Mesh | AbstractMesh) -> set[str]:
@@ -158,13 +172,6 @@ def degree(name: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     return math.prod(mesh.shape[axis] for axis in set(RULES[name]) & _free_axes(mesh))
 
 
-def mapped_over(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """shard_map over all axes of the ambient mesh that a shard_map around this one (the pipeline's) has not mapped yet."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.axis_names) - set(mesh.manual_axes)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
-
-
 def on_mesh() -> bool:
     """Whether there is an ambient mesh with an axis that arrays can still be split over."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -178,22 +185,31 @@ def axes_of(name: str) -> tuple[str, ...]:
 
 
 def sharded_map(function: Callable[..., Any], in_names: Sequence[Names], out_names: Any) -> Callable[..., Any]:
-    """`function` of local arrays, run by every device of the ambient mesh on its shards; it may talk to others.
+    """`function` of local arrays, run by every device on its shards (shard_map); it may talk to others. Without a mesh,
+    `function` itself.
+
+    It is mapped over all axes of the ambient mesh that a shard_map around it (the pipeline's) has not mapped yet.
 
     Args:
         function: see above.
         in_names: logical axes of each argument's dims.
         out_names: of the result, or a tuple of those of its parts; dims of the result are trusted to divide.
     """
+    if not on_mesh():
+        return function
     mesh = jax.sharding.get_abstract_mesh()
-    parts = out_names if out_names and isinstance(out_names[0], tuple) else (out_names,)
-    out_specs = tuple(PartitionSpec(*(axes_of(name) or None for name in names)) for names in parts)
+    several = bool(out_names) and isinstance(out_names[0], tuple)
+    parts = out_names if several else (out_names,)
+    out_specs = tuple(_spec(_axes(mesh, names, "sharded_map result")) for names in parts)
 
     def run(*arrays: jax.Array) -> Any:
         given = zip(in_names, arrays, strict=True)
         specs = tuple(partition_spec(mesh, names, x.shape, "sharded_map argument") for names, x in given)
-        out = out_specs if parts is out_names else out_specs[0]
-        return mapped_over(function, specs, out)(*arrays)
+        mapped = jax.shard_map(
+            function, in_specs=specs, out_specs=out_specs if several else out_specs[0],
+            axis_names=set(mesh.axis_names) - set(mesh.manual_axes), check_vma=False,
+        )  # fmt: skip
+        return mapped(*arrays)
 
     return run
 
@@ -201,25 +217,19 @@ def sharded_map(function: Callable[..., Any], in_names: Sequence[Names], out_nam
 def per_shard(
     function: Callable[..., jax.Array], in_names: Sequence[Names | None], out_names: Names
 ) -> Callable[..., jax.Array]:
-    """`function` run on each shard's local arrays (shard_map); without a mesh, `function` itself.
+    """`function` run on each shard's local arrays; without a mesh, `function` itself.
 
     For kernels that the compiler cannot partition. An argument whose names are None must be None. The function must
     not need other shards: no named dim may be contracted.
     """
-    if not on_mesh():
-        return function
-    mesh = jax.sharding.get_abstract_mesh()
 
     def run(*arrays: jax.Array | None) -> jax.Array:
         given = [(array, names) for array, names in zip(arrays, in_names, strict=True) if array is not None and names]
-        specs = tuple(partition_spec(mesh, names, array.shape, "per_shard argument") for array, names in given)
 
         def local(*parts: jax.Array) -> jax.Array:
             left = iter(parts)
             return function(*(None if array is None else next(left) for array in arrays))
 
-        whole = jax.eval_shape(function, *arrays)
-        out_spec = partition_spec(mesh, out_names, whole.shape, "per_shard result")
-        return mapped_over(local, specs, out_spec)(*(array for array, _ in given))
+        return sharded_map(local, [names for _, names in given], out_names)(*(array for array, _ in given))
 
     return run

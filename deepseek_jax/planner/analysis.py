@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class Plan:
             "peak_phase": self.memory.phase,
             "memory_by_part": self.memory.by_part,
             "largest_buffers": [{"name": b.name, "bytes": b.bytes} for b in self.memory.largest()],
-            "parameters": sum(_count(leaf) for leaf in leaves(request.model)),
+            "parameters": sum(math.prod(leaf.shape) for leaf in leaves(request.model)),
             "flops_per_token": {
                 "forward": self.flops.forward, "backward": self.flops.backward, "recomputed": self.flops.recomputed,
                 "attention_forward": self.flops.attention,
@@ -167,13 +168,6 @@ class Plan:
             "chip_hours_no_overlap": None if tokens is None else self.chip_hours(tokens, overlap=False),
             "money": None if tokens is None or self.price is None else self.chip_hours(tokens) * self.price.amount,
         }  # fmt: skip
-
-
-def _count(leaf) -> int:
-    size = 1
-    for dim in leaf.shape:
-        size *= dim
-    return size
 
 
 def analyse(request: PlanRequest, prices: str | Path | None = None) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,9 +71,7 @@ def make_request(
     pipeline = run.pipeline if degrees["stage"] > 1 else None
     run = replace(run, model=model, mesh=mesh, pipeline=pipeline, seq_len=seq or run.seq_len)
     if batch is None and given is None:
-        batch = accumulation or 1
-        for axis in RULES["batch"]:
-            batch *= degrees[axis]
+        batch = (accumulation or 1) * math.prod(degrees[axis] for axis in RULES["batch"])
     if given and (batch or accumulation):  # a ramp belongs to the batch that it was written for
         run = replace(run, batch_ramp=None)
     run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)

@@ -91,9 +91,11 @@ def compile_plan(request: PlanRequest, *, timeout: float | None = None, keep: st
         return _read(found, device.hbm)
 
 
-def environment(device: str, dumps: Path) -> dict[str, str]:
-    """What a process that compiles for an absent TPU must be started with."""
+def environment(device: str, dumps: Path | None = None) -> dict[str, str]:
+    """What a process that compiles for an absent TPU must be started with; its dumps go to `dumps`."""
     package = str(Path(__file__).resolve().parents[2])
+    # Written also where the program is refused. Other flags are meant for other compilers.
+    flags = {} if dumps is None else {"XLA_FLAGS": f"--xla_dump_to={dumps}"}
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -101,7 +103,7 @@ def environment(device: str, dumps: Path) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": _ACCELERATORS[device],
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a second compile at once would die of libtpu's lock file
-        "XLA_FLAGS": f"--xla_dump_to={dumps}",  # written also where the program is refused
+        **flags,
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }
 

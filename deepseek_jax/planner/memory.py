@@ -155,7 +155,7 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
 
     def gathered(stack: str) -> list[int]:
         return [
-            used(leaf, degrees) * compute // (model.expert_gather_parts if "/experts/" in leaf.path else 1)
+            used(leaf, degrees) * compute // (model.expert_gather_parts if leaf.routed else 1)
             for leaf in found
             if leaf.stack == stack and not leaf.wide
         ]

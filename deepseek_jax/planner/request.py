@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
@@ -84,11 +85,7 @@ class PlanRequest:
 
     def split(self, *names: str) -> int:
         """In how many parts the mesh splits dims with these logical axes."""
-        product = 1
-        for name in names:
-            for axis in RULES[name]:
-                product *= self.degrees[axis]
-        return product
+        return math.prod(self.degrees[axis] for name in names for axis in RULES[name])
 
     @property
     def idle_share(self) -> float:

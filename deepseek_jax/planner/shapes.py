@@ -48,6 +48,11 @@ class Leaf:
         return first if first in STACKS else None
 
     @property
+    def routed(self) -> bool:
+        """Whether it is of routed experts, those of multi-token modules too."""
+        return "experts" in self.path.split("/")
+
+    @property
     def wide(self) -> bool:
         return self.path.endswith(("/scale", "/bias")) or "/router/" in self.path
 

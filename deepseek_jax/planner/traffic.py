@@ -10,7 +10,7 @@ or a slice, goes over the data-centre network.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from deepseek_jax.config import GQA, MoE
 from deepseek_jax.planner.activations import ITEM
 from deepseek_jax.planner.memory import trained
 from deepseek_jax.planner.request import PlanRequest
-from deepseek_jax.planner.shapes import gathered_axes, leaves, stored, used
+from deepseek_jax.planner.shapes import Leaf, gathered_axes, leaves, stored, used
 
 Link = Literal["ici", "nvlink", "network"]
 
@@ -82,28 +82,32 @@ def _one(request: PlanRequest, name: str, axes: Iterable[str], received: float, 
     return Collective(name, axes, received, link, received / speed)
 
 
+def _gathered(
+    request: PlanRequest, found: Iterable[Leaf], itemsize: Callable[[Leaf], int]
+) -> Iterable[tuple[tuple[str, ...], float]]:
+    """Mesh axes, and the bytes that a device receives where it gathers all layers of these leaves over them, once."""
+    groups: dict[tuple[str, ...], float] = {}
+    for leaf in found:
+        if axes := gathered_axes(leaf, request.degrees):
+            groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, request.degrees) * itemsize(leaf)
+    for axes, size in groups.items():
+        n = math.prod(request.degrees[axis] for axis in axes)
+        yield axes, size * (n - 1) / n
+
+
 def _training(request: PlanRequest) -> Iterable[Collective]:
     run, degrees, model = request.run, request.degrees, request.model
     compute, param = ITEM[model.dtype], ITEM[model.param_dtype]
     pieces = run.accumulation
-    groups: dict[tuple[str, ...], float] = {}
-    for leaf in trained(request):
-        axes = gathered_axes(leaf, degrees)
-        if axes:
-            itemsize = param if leaf.wide else compute
-            groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, degrees) * itemsize
-    if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more
-        for leaf in trained(request):
-            if "/experts/" in leaf.path and (axes := gathered_axes(leaf, degrees)):
-                n, size = math.prod(degrees[axis] for axis in axes), leaf.layers * used(leaf, degrees) * compute
-                yield _one(request, "experts gathered in parts", axes, pieces * size * (n - 1) / n)
-    for axes, size in groups.items():
-        n = math.prod(degrees[axis] for axis in axes)
-        moved = size * (n - 1) / n
+    for axes, moved in _gathered(request, trained(request), lambda leaf: param if leaf.wide else compute):
         # Once in the forward and once in the backward pass; without recomputation the compiler may keep none either.
         yield _one(request, "weights gathered, forward", axes, pieces * moved)
         yield _one(request, "weights gathered, backward", axes, pieces * moved)
         yield _one(request, "gradients reduced and scattered", axes, pieces * moved)
+    if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more
+        routed = (leaf for leaf in trained(request) if leaf.routed)
+        for axes, moved in _gathered(request, routed, lambda _: compute):
+            yield _one(request, "experts gathered in parts", axes, pieces * moved)
     kept = sum(stored(leaf, degrees) for leaf in trained(request)) * max(param, 4)
     for axis in ("slice", "data"):
         n = degrees[axis]
@@ -144,13 +148,8 @@ def _layers(request: PlanRequest, passes: int, pieces: int) -> Iterable[Collecti
 
 
 def _serving(request: PlanRequest) -> Iterable[Collective]:
-    model, degrees = request.model, request.degrees
-    groups: dict[tuple[str, ...], float] = {}
-    for leaf in leaves(model):
-        axes = gathered_axes(leaf, degrees)
-        if axes and leaf.stack != "mtp" and leaf.part != "embedding":
-            groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, degrees) * ITEM[model.dtype]
-    for axes, size in groups.items():
-        n = math.prod(degrees[axis] for axis in axes)
-        yield _one(request, "weights gathered", axes, size * (n - 1) / n)
+    model = request.model
+    served = (leaf for leaf in leaves(model) if leaf.stack != "mtp" and leaf.part != "embedding")
+    for axes, moved in _gathered(request, served, lambda _: ITEM[model.dtype]):
+        yield _one(request, "weights gathered", axes, moved)
     yield from _layers(request, passes=1, pieces=1)

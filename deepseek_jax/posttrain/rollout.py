@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -95,7 +94,7 @@ def require_same(model: DeepSeek, variables: Any, weights: LayerWeights, mesh: M
         mesh: that `weights` lie on, where it is not the ambient one.
     """
     ours = _named(_bits_unstacked(model, variables))
-    with nullcontext() if mesh is None else use_mesh(mesh):
+    with use_mesh(mesh):
         theirs = checksum(weights)
     if missing := sorted(ours.keys() ^ theirs.keys()):
         raise ValueError(f"the sampler and the trainer differ in their leaves: {', '.join(missing[:5])}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +71,8 @@ class Sampler:
         self.mesh = mesh
         self.model, self.prompter = model, prompter
         self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
-        with self._laid_out():
+        self._shardings = {} if mesh is None else tree_shardings(mesh, abstract_variables(model.config))
+        with use_mesh(mesh):
             slots = -(-slots // degree("batch")) * degree("batch")  # what a mesh can split
             self.engine = Engine(
                 model, None, slots=slots, places=max_prompt_tokens + max_new_tokens, chunk=min(max_prompt_tokens, 1024),
@@ -88,17 +88,12 @@ class Sampler:
         """
         moved = variables
         if self.mesh is not None:
-            boxed = abstract_variables(self.model.config)
-            shardings = tree_shardings(self.mesh, {name: boxed[name] for name in variables})
-            moved = jax.device_put(variables, shardings)
-        with self._laid_out():
+            moved = {name: jax.device_put(tree, self._shardings[name]) for name, tree in variables.items()}
+        with use_mesh(self.mesh):
             self.engine.load(moved)
         if self.engine.weights is None:
             raise ValueError("the sampler has no weights: give it the trainer's before it generates")
         require_same(self.model, variables, self.engine.weights, self.mesh)
-
-    def _laid_out(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
     def release(self) -> None:
         """Frees weights and caches, whose memory the update can have; `load` brings them back."""
@@ -154,7 +149,7 @@ class Sampler:
                 seed=zlib.crc32(f"{seed}/{place}".encode()), stop_ids=self.prompter.stop_ids,
             )  # fmt: skip
             requests.append(Request(prompt=ids, sampling=sampling, samples=samples))
-        with self._laid_out():
+        with use_mesh(self.mesh):
             groups = [self.engine.submit(request) for request in requests]
             try:
                 while self.engine.busy:

@@ -18,7 +18,7 @@ from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.exchange import gather_weight
 from deepseek_jax.parallel.ring import zigzag
-from deepseek_jax.parallel.rules import axes_of, degree, on_mesh, sharded_map
+from deepseek_jax.parallel.rules import axes_of, degree, sharded_map
 from deepseek_jax.types import Array, RouterStats
 
 
@@ -51,8 +51,6 @@ def cross_entropy_sum(
         return lax.psum(total, everyone) if everyone else total
 
     arguments = (hidden_BTD, w_DW, targets_BT, weights_BT, *(() if kept is None else (kept,)))
-    if not on_mesh():
-        return local(*arguments)
     tokens = ("batch", "length")
     in_names = ((*tokens, "none"), ("embed", "vocab"), tokens, tokens, *(() if kept is None else ((*tokens, "none"),)))
     return sharded_map(local, in_names, ())(*arguments)

@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import platform
+from deepseek_jax.kernels.attention.reference import Masks
 from deepseek_jax.types import Array
 
 
@@ -43,44 +44,26 @@ def blockwise(
     By default 128 on a CPU, where a block then stays in its cache and more of the causal half is skipped, else 512.
     """
     T, N = q_BTNH.shape[1:3]
-    setting, *arrays = _prepared(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, scale, causal, block_q, block_k)
+    masks = Masks(scale, q_segment_ids, kv_segment_ids, causal)
+    setting, *arrays = _prepared(q_BTNH, k_BSKH, v_BSKV, masks, block_q, block_k)
     out: Any = _attend(setting, *arrays)
     return out[:, :T].reshape(*out.shape[:1], T, N, -1)
 
 
-def block_forward(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKV: Array,
-    *,
-    scale: float,
-    q_segment_ids: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    causal: bool = True,
-) -> tuple[Array, Array]:
+def block_forward(q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, masks: Masks) -> tuple[Array, Array]:
     """See `kernels.attention.blocks.forward`."""
     B, T, N, _ = q_BTNH.shape
-    setting, q, k, v, segments = _prepared(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, scale, causal)
+    setting, q, k, v, segments = _prepared(q_BTNH, k_BSKH, v_BSKV, masks)
     out, lse = _forward(setting, q, k, v, segments, jnp.promote_types(q.dtype, jnp.float32))
     return out[:, :T].reshape(B, T, N, -1), lse.reshape(B, N, -1)[:, :, :T]
 
 
 def block_backward(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKV: Array,
-    out_BTNV: Array,
-    lse_BNT: Array,
-    d_out_BTNV: Array,
-    *,
-    scale: float,
-    q_segment_ids: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    causal: bool = True,
+    q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, out_BTNV: Array, lse_BNT: Array, d_out_BTNV: Array, masks: Masks
 ) -> tuple[Array, Array, Array]:
     """See `kernels.attention.blocks.backward`."""
     T, S, K = q_BTNH.shape[1], *k_BSKH.shape[1:3]
-    setting, q, k, v, segments = _prepared(q_BTNH, k_BSKH, v_BSKV, q_segment_ids, kv_segment_ids, scale, causal)
+    setting, q, k, v, segments = _prepared(q_BTNH, k_BSKH, v_BSKV, masks)
     out, d_out = (_pad(x, q.shape[1] - T).reshape(*q.shape[:4], -1) for x in (out_BTNV, d_out_BTNV))
     lse = jnp.pad(lse_BNT, ((0, 0), (0, 0), (0, q.shape[1] - T))).reshape(*lse_BNT.shape[:1], K, -1, q.shape[1])
     dq, dk, dv = _gradients(setting, q, k, v, segments, out, lse, d_out, lse.dtype)
@@ -88,18 +71,11 @@ def block_backward(
 
 
 def _prepared(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segment_ids: Array | None,
-    kv_segment_ids: Array | None,
-    scale: float,
-    causal: bool,
-    block_q: int | None = None,
-    block_k: int | None = None,
+    q: Array, k: Array, v: Array, masks: Masks, block_q: int | None = None, block_k: int | None = None
 ) -> tuple[_Setting, Array, Array, Array, tuple[Array, Array] | None]:
     """Lengths filled up to whole blocks, query heads in groups by the key/value head that they share."""
     default = 128 if platform.target() == "cpu" else 512
+    scale, q_segment_ids, kv_segment_ids, causal = masks
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     block_q, block_k = min(block_q or default, T), min(block_k or default, S)

@@ -1,8 +1,19 @@
 """The meaning of `attention`: the whole score matrix at once. For tests and small shapes."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from deepseek_jax.types import Array
+
+
+class Masks(NamedTuple):
+    """What `attention` is told besides queries, keys and values; see there."""
+
+    scale: float
+    q_segment_ids: Array | None = None
+    kv_segment_ids: Array | None = None
+    causal: bool = True
 
 
 def attention_reference(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from deepseek_jax.kernels.attention.reference import Masks
 from deepseek_jax.types import Array
 
 LANES = 128
@@ -91,50 +92,33 @@ def splash(
 
 
 def block_forward(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKV: Array,
-    *,
-    scale: float,
-    q_segment_ids: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    causal: bool = True,
-    interpret: bool = False,
+    q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, given: Masks, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """See `kernels.attention.blocks.forward`. Each part's output is rounded to the dtype of the queries."""
-    attend = _kernel(q_BTNH, k_BSKH, causal, save_residuals=True, interpret=interpret)
-    arrays = ((q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).swapaxes(1, 2), k_BSKH.swapaxes(1, 2), v_BSKV.swapaxes(1, 2))
-    out, (lse,) = jax.vmap(attend)(*arrays, *_ids(q_segment_ids, kv_segment_ids))
+    attend = _kernel(q_BTNH, k_BSKH, given.causal, save_residuals=True, interpret=interpret)
+    q = q_BTNH * jnp.asarray(given.scale, q_BTNH.dtype)
+    arrays = (x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))
+    out, (lse,) = jax.vmap(attend)(*arrays, *_ids(given.q_segment_ids, given.kv_segment_ids))
     out = out.swapaxes(1, 2).astype(jnp.float32)
-    if q_segment_ids is not None:
+    if given.q_segment_ids is not None:
         # A row of a document that has no key here gets the mean of the values, and about −2e38 for its log-sum-exp.
-        real = q_segment_ids != 0
+        real = given.q_segment_ids != 0
         out = jnp.where(real[:, :, None, None], out, 0)
         lse = jnp.where(real[:, None], lse, -jnp.inf)
     return out, lse
 
 
 def block_backward(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKV: Array,
-    out_BTNV: Array,
-    lse_BNT: Array,
-    d_out_BTNV: Array,
-    *,
-    scale: float,
-    q_segment_ids: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    causal: bool = True,
-    interpret: bool = False,
-) -> tuple[Array, Array, Array]:
+    q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, out_BTNV: Array, lse_BNT: Array, d_out_BTNV: Array, given: Masks,
+    *, interpret: bool = False,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """See `kernels.attention.blocks.backward`. Each part's gradients are rounded to the dtype of their arrays.
 
     Calls the private function behind jax's own backward pass, with its arguments as jax 0.10.2 and 0.12 have them.
     """
-    attend = _kernel(q_BTNH, k_BSKH, causal, interpret=interpret)
-    if q_segment_ids is not None:
-        real = q_segment_ids != 0
+    attend = _kernel(q_BTNH, k_BSKH, given.causal, interpret=interpret)
+    if given.q_segment_ids is not None:
+        real = given.q_segment_ids != 0
         d_out_BTNV = jnp.where(real[:, :, None, None], d_out_BTNV, 0)
         lse_BNT = jnp.where(real[:, None], lse_BNT, 1e30)  # probabilities of padding become 0
     fixed = {
@@ -149,11 +133,11 @@ def block_backward(
         )  # fmt: skip
         return gradients[3], gradients[4], gradients[5]
 
-    q = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+    q = q_BTNH * jnp.asarray(given.scale, q_BTNH.dtype)
     q, k, v, out, d_out = (x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV, out_BTNV, d_out_BTNV))
-    gradients = jax.vmap(one)(q, k, v, out, lse_BNT, d_out, *_ids(q_segment_ids, kv_segment_ids))
+    gradients = jax.vmap(one)(q, k, v, out, lse_BNT, d_out, *_ids(given.q_segment_ids, given.kv_segment_ids))
     dq, dk, dv = (x.swapaxes(1, 2).astype(jnp.float32) for x in gradients)
-    return dq * scale, dk, dv
+    return dq * given.scale, dk, dv
 
 
 def _ids(q_segment_ids: Array | None, kv_segment_ids: Array | None) -> tuple[kernel.SegmentIds, ...]:
