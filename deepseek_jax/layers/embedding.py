@@ -5,7 +5,8 @@ from flax import linen as nn
 from jax import lax
 
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.parallel.rules import axes_of, on_mesh, shard, sharded_map
+from deepseek_jax.parallel.exchange import gather_weight
+from deepseek_jax.parallel.rules import axes_of, shard, sharded_map
 from deepseek_jax.types import Array
 
 
@@ -34,20 +35,26 @@ def lookup(table_WD: Array, tokens_BT: Array, dtype: str) -> Array:
 
     On a mesh every device looks up its part of D for the tokens of all that share the table, and they exchange: what
     travels is a device's own [B, T, D], once, where the table's parts put together would be all of it; and its gradient
-    is added up where it is stored.
+    is added up where it is stored. Where sequences are split, no device sees places that are not its own.
     """
-    if not on_mesh():
-        return jnp.take(table_WD, tokens_BT, axis=0).astype(dtype)
-    width, vocab = axes_of("embed"), axes_of("vocab")
+    width, vocab, W = axes_of("embed"), axes_of("vocab"), len(table_WD)
+    # From the first axis on that splits sequences: there the tokens stay apart, and these parts of the table come together.
+    cut = next((i for i, axis in enumerate(width) if axis in axes_of("length")), len(width))
+    width, joined = width[:cut], width[cut:]
 
     def local(table_Wd: Array, tokens_BT: Array) -> Array:
+        if joined:  # wide again, since equal tokens' gradients are added up in the dtype of what is looked up
+            table_Wd = gather_weight(table_Wd, joined, 1, dtype).astype(table_Wd.dtype)
         ids_ABT = lax.all_gather(tokens_BT, width) if width else tokens_BT[None]
         if vocab:
-            ids_ABT = ids_ABT - lax.axis_index(vocab) * len(table_Wd)
-        own = (ids_ABT >= 0) & (ids_ABT < len(table_Wd))
-        rows_ABTd = jnp.take(table_Wd, jnp.where(own, ids_ABT, 0), axis=0).astype(dtype)
-        if vocab:
-            rows_ABTd = lax.psum(jnp.where(own[..., None], rows_ABTd, 0), vocab)
+            own_ABT = ids_ABT - lax.axis_index(vocab) * len(table_Wd)
+            here = (own_ABT >= 0) & (own_ABT < len(table_Wd))
+            rows_ABTd = jnp.take(table_Wd, jnp.where(here, own_ABT, 0), axis=0).astype(dtype)
+            rows_ABTd = lax.psum(jnp.where(here[..., None], rows_ABTd, 0), vocab)
+            # As `take` does with an id that is none: it must not pass for a row of zeros.
+            rows_ABTd = jnp.where((ids_ABT < W)[..., None], rows_ABTd, jnp.nan)
+        else:
+            rows_ABTd = jnp.take(table_Wd, ids_ABT, axis=0).astype(dtype)
         if width:
             rows_ABTd = lax.all_to_all(rows_ABTd, width, split_axis=0, concat_axis=3, tiled=True)
         return rows_ABTd[0]
