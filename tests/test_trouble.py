@@ -42,7 +42,7 @@ def small(corpus):
 
 @pytest.fixture
 def quiet_train():
-    return lambda config, run_dir: dsj.train(config, run_dir, progress=False)
+    return lambda config, run_dir, **more: dsj.train(config, run_dir, progress=False, **more)
 
 
 def start(run_dir, corpus, kind, *fields):
@@ -171,6 +171,17 @@ def test_losses_that_are_not_finite(monkeypatch, small, quiet_train, tmp_path):
     assert np.load(tmp_path / "run" / "skipped" / "step_9.npz")["tokens"].shape == (8, 17)
     variables = dsj.load_run(tmp_path / "run").variables
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def test_a_run_ends_where_the_caller_says(small, quiet_train, tmp_path):
+    asked = []
+
+    def until(state, step):
+        asked.append(step)
+        return np.mean([step]) >= 4  # as comparisons of numpy's numbers answer: no bool of Python's
+
+    quiet_train(small(eval_every=2), tmp_path / "run", until=until)
+    assert asked == [2, 4] and saved_steps(tmp_path / "run") == [4]
 
 
 def test_a_state_that_is_not_finite_is_not_saved(monkeypatch, small, quiet_train, tmp_path):

@@ -229,7 +229,7 @@ class _Loop:
                     **({} if share is None else {"mfu": share}),
                 }
                 self._log(bar, evaluate)
-                if evaluate and until is not None and hosts.of_first(self._aside(lambda: until(self.state, self.step))):
+                if evaluate and until is not None and self._ends(until):
                     break
                 since, since_tokens, self.compiling_s = time.perf_counter(), self.tokens, 0.0
             if self.step % config.checkpoint_every == 0:
@@ -261,6 +261,10 @@ class _Loop:
                 return work()
 
         return self.interrupt.run(under_mesh)
+
+    def _ends(self, until: Until) -> bool:
+        """What process 0 is answered, on all."""
+        return hosts.of_first(self._aside(lambda: bool(until(self.state, self.step))))
 
     def _train_step(self) -> Any:
         """The step compiled for the number of sequences that comes next."""
