@@ -24,16 +24,25 @@ def full_precision():
         yield
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_prefill_chunks_and_decoding_equal_the_full_pass(kind):
-    """Rows of 13, 6 and 1 tokens: prefilled to 8, 5, 1, extended by a padded chunk of 4, then token by token."""
-    config = micro(kind, num_hidden_layers=2, num_nextn_predict_layers=0)
+@pytest.mark.parametrize(
+    "kind, looped, platform",
+    [(kind, False, "cpu") for kind in KINDS] + [("llm-gqa", True, "cpu"), ("v3", True, "cpu"), ("v3", True, "tpu")],
+)
+def test_prefill_chunks_and_decoding_equal_the_full_pass(kind, looped, platform):
+    """Rows of 13, 6 and 1 tokens: prefilled to 8, 5, 1, extended by a padded chunk of 4, then token by token.
+
+    Layers apart, and in a loop over their stacks; with caches as wide as they are, and as a TPU has them.
+    """
+    config = micro(kind, num_hidden_layers=4 if looped else 2, num_nextn_predict_layers=0)
     model, variables = dsj.DeepSeek(config), random_variables(config)
     tokens = random_tokens(config, (3, 13))
     expected = model.apply(variables, tokens, method="hidden").hidden
     run = jax.jit(extend, static_argnums=(0, 5))
-    weights = unstack(model, variables)
-    cache, done, total = init_cache(config, 3, PLACES), np.zeros(3, np.int32), np.array([13, 6, 1])
+    weights = unstack(model, variables, looped=looped)
+    with compile_for(platform):
+        cache = init_cache(config, 3, PLACES, looped=looped)
+    assert all(leaf.shape[-1] % 128 == 0 for leaf in jax.tree.leaves(cache)) == (platform == "tpu")
+    done, total = np.zeros(3, np.int32), np.array([13, 6, 1])
     for width, wanted, fresh in (
         (8, [8, 5, 1], True),
         (4, [3, 1, 0], False),

@@ -11,6 +11,7 @@ from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.infer import programs
 from deepseek_jax.infer.engine import Engine, Request, Sampling
 from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.posttrain.rollout import require_same
 
 
 @pytest.fixture(autouse=True)
@@ -119,22 +120,27 @@ def test_experts_are_those_of_the_forward_pass(v3, speculate):
 
 
 @pytest.mark.parametrize(
-    "kind, mesh", [("v3", dict(data=2, expert=2, tensor=2)), ("llm-gqa", dict(data=2, fsdp=2, tensor=2))]
+    "kind, mesh, looped",
+    [("v3", dict(data=2, expert=2, tensor=2), True), ("llm-gqa", dict(data=2, fsdp=2, tensor=2), False)],
 )
-def test_the_same_tokens_on_a_mesh(kind, mesh):
+def test_the_same_tokens_on_a_mesh(kind, mesh, looped):
     if jax.default_backend() != "cpu":
         pytest.skip("needs eight devices: the CPU's virtual ones")
     config = micro(kind, num_hidden_layers=2)
     model, variables = dsj.DeepSeek(config), random_variables(config)
     prompts = [[5, 60, 7, 100], [9], list(range(20))]
-    options = dict(max_new_tokens=10, temperature=0.7, seed=2, stop_ids=(), speculate=kind == "v3")
-    expected = dsj.generate(model, variables, prompts, **options)
+    sampling = Sampling(max_new_tokens=10, temperature=0.7, seed=2)
+    requests = [Request(prompt=prompt, sampling=sampling) for prompt in prompts]
+    options = dict(slots=4, places=32, prefill_rows=3, speculate=kind == "v3")
+    expected = Engine(model, variables, **options).generate(requests)
     with use_mesh(make_mesh(MeshConfig(**mesh))) as devices:
         from deepseek_jax.models.counts import abstract_variables
         from deepseek_jax.parallel.rules import tree_shardings
 
         sharded = jax.device_put(variables, tree_shardings(devices, abstract_variables(config)))
-        results = dsj.generate(model, sharded, prompts, **options)
+        engine = Engine(model, sharded, loop_layers=looped, **options)
+        results = engine.generate(requests)
+        require_same(model, sharded, engine.weights)
     assert [r.tokens for r in results] == [e.tokens for e in expected]
 
 

@@ -40,7 +40,8 @@ class Engine:
     def __init__(
         self, model: DeepSeek, variables: Any, *, slots: int = 8, places: int = 1024, chunk: int = 256,
         decode_steps: int = 8, prefill_rows: int = 1, vocab_size: int | None = None, tokenizer: Any = None,
-        speculate: bool = False, record_experts: bool = False, record_kept: bool = False, consume: bool = False,
+        speculate: bool = False, record_experts: bool = False, record_kept: bool = False, loop_layers: bool = False,
+        consume: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -59,6 +60,8 @@ class Engine:
             speculate: decode with the model's first multi-token module: the same tokens in fewer steps.
             record_experts: fill `Generation.experts`.
             record_kept: fill `Generation.kept`: ⌈W / 8⌉ bytes a new token. Refuses a repetition penalty.
+            loop_layers: run layers in a loop: programs of sixty layers compile in the time of two. May run slower: kernels
+                have each layer's weights copied out of their stack in every step.
             consume: free `variables` while taking the copy.
 
         Raises:
@@ -92,7 +95,8 @@ class Engine:
         self._rows = -(-prefill_rows // degree("batch")) * degree("batch")
         self.speculate, self.record_experts, self.record_kept = speculate, record_experts, record_kept
         on_one_gpu = platform.target() == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
-        self._few_rows = on_one_gpu and slots * (1 + speculate) <= FEW_ROWS
+        self._looped = loop_layers
+        self._few_rows = on_one_gpu and not loop_layers and slots * (1 + speculate) <= FEW_ROWS
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Running] = {}
         self._state: programs.Slots | None = None
@@ -108,7 +112,7 @@ class Engine:
         if self.busy:
             raise ValueError(f"{len(self._running)} requests run and {self.waiting} wait: let them end, or cancel them")
         self.weights = None  # gone before the new ones come
-        self.weights = unstack(self.model, variables, few_rows=self._few_rows, consume=consume)
+        self.weights = unstack(self.model, variables, few_rows=self._few_rows, looped=self._looped, consume=consume)
 
     def unload(self) -> None:
         """Lets go of weights and caches until `load`; no request may wait or run."""
@@ -265,7 +269,7 @@ class Engine:
     def _empty(self) -> programs.Slots:
         B, W = self.slots, self.model.config.vocab_size
         return programs.Slots(
-            cache=init_cache(self.model.config, B, self.places, mtp=self.speculate),
+            cache=init_cache(self.model.config, B, self.places, mtp=self.speculate, looped=self._looped),
             token=jnp.zeros(B, jnp.int32),
             place=jnp.full(B, self.places, jnp.int32),
             step=jnp.zeros(B, jnp.int32),

@@ -89,7 +89,7 @@ def prefill(
     """
     weights, fresh = weights.turned_back(), cache is None
     if cache is None:
-        cache = init_cache(model.config, tokens.shape[0], places, mtp=speculate)
+        cache = init_cache(model.config, tokens.shape[0], places, mtp=speculate, looped=weights.looped)
     hidden, cache, experts = extend(model, weights, tokens, positions, cache, fresh)
     if speculate:
         known = following >= 0
@@ -170,7 +170,7 @@ def decode(
         resting: bool [B]: slots without a request.
         record_kept: whether the tokens are told that each step could have drawn.
     """
-    places = jax.tree.leaves(state.cache)[0].shape[2]
+    places = jax.tree.leaves(state.cache)[0].shape[-2]
     one = _plain if state.draft is None else _speculative
 
     def step(state: Slots, _: None) -> tuple[Slots, Decoded]:

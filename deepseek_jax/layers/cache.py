@@ -14,25 +14,48 @@ from deepseek_jax.types import Array
 
 LayerCache = dict[str, Array]
 """GQA: `k` [B, K, S, H] and `v` [B, K, S, V]. MLA: `latent` [B, 1, S, C + R], the normalised latent, then the rotated
-key. Places follow heads, so that the rows that one head reads lie together."""
+key. Places follow heads, so that the rows that one head reads lie together.
 
+Where layers run in a loop: all of its layers' in one array, [B, L, …], and `layer`, int32 [], the one at work."""
+
+_TILE = 128
 _MOST_SCORES = 2**28  # numbers of the score matrix that exist at once
 
 
-def cache_shapes(attention: GQA | MLA, batch: int, length: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Name -> shape and logical axes of one layer's cache."""
+def cache_shapes(
+    attention: GQA | MLA, batch: int, length: int, *, tiled: bool = False
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Name -> shape and logical axes of one layer's cache.
+
+    `tiled`: MLA's rows filled up to whole tiles of 128 numbers, as a TPU's memory holds them anyway. Of another width, the
+    compiler lays caches out in one order between programs and in another inside, and copies them whole, in and out.
+    """
     if isinstance(attention, GQA):
         shape = (batch, attention.num_key_value_heads, length, attention.head_dim)
         names = ("batch", "act_kv_heads", "length", "head_dim")
         return {"k": (shape, names), "v": (shape, names)}
     width = attention.kv_lora_rank + attention.qk_rope_head_dim
+    if tiled:
+        width += -width % _TILE
     return {"latent": ((batch, 1, length, width), ("batch", "none", "length", "none"))}
 
 
-def written(cache_BKSH: Array, new_BTKH: Array, positions_BT: Array) -> Array:
-    """The cache with places [b, :, positions[b, t]] replaced; places past the end are dropped, as padding has them."""
-    rows = jnp.arange(cache_BKSH.shape[0])[:, None]
-    return cache_BKSH.at[rows, :, positions_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
+def remembered(cache: LayerCache, new: dict[str, Array], positions_BT: Array) -> tuple[LayerCache, dict[str, Array]]:
+    """The cache with places [b, :, positions[b, t]] of a layer replaced, and what that layer has, each [B, K, S, H].
+
+    Args:
+        cache: of the layer, or of all layers in a loop.
+        new: name -> [B, T, K, H].
+        positions_BT: int32; places past the end are dropped, as padding has them.
+    """
+    layer = cache.get("layer")
+    rows = jnp.arange(len(positions_BT))[:, None]
+    at = (rows, slice(None), positions_BT) if layer is None else (rows, layer, slice(None), positions_BT)
+    written = {name: cache[name].at[at].set(x.astype(cache[name].dtype), mode="drop") for name, x in new.items()}
+    if layer is None:
+        return written, written
+    own = {name: lax.dynamic_index_in_dim(x, layer, axis=1, keepdims=False) for name, x in written.items()}
+    return cache | written, own
 
 
 def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSV: Array, positions_BT: Array, scale: float) -> Array:

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQA, Rope
-from deepseek_jax.layers.cache import LayerCache, cached_attention, written
+from deepseek_jax.layers.cache import LayerCache, cached_attention, remembered
 from deepseek_jax.layers.context import Context, attend
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
 from deepseek_jax.layers.weights import weight
@@ -45,14 +45,15 @@ class GQAttention(nn.Module):
         q_BTNH = apply_rope(q_BTNH, context.cos, context.sin, interleaved=self.rope.interleaved)
         k_BTKH = apply_rope(k_BTKH, context.cos, context.sin, interleaved=self.rope.interleaved)
         scale = softmax_scale(c.head_dim, self.rope)
+        own = None
         if cache is not None:
             assert context.positions is not None
-            cache = {name: written(cache[name], new, context.positions) for name, new in (("k", k_BTKH), ("v", v_BTKH))}
-        if cache is None or context.fresh:
+            cache, own = remembered(cache, {"k": k_BTKH, "v": v_BTKH}, context.positions)
+        if own is None or context.fresh:
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, scale)
         else:
             assert context.positions is not None
-            out_BTNH = cached_attention(q_BTNH, cache["k"], cache["v"], context.positions, scale)
+            out_BTNH = cached_attention(q_BTNH, own["k"], own["v"], context.positions, scale)
         w_o = weight(
             self, "w_o", (c.num_attention_heads, c.head_dim, D), ("heads", "head_dim", "embed"),
             dtype=self.param_dtype, stddev=self.stddev,

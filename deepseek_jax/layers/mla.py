@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import MLA, Rope
-from deepseek_jax.layers.cache import LayerCache, cached_attention, written
+from deepseek_jax.layers.cache import LayerCache, cached_attention, remembered
 from deepseek_jax.layers.context import Context, attend_latent
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
@@ -82,9 +82,15 @@ def mla_absorbed(
         out_BTNC = attend_latent(q, c_kv_BTC, k_rope_BTR, (), _latent, context, scale)
     else:
         assert context.positions is not None
+        q = _widened(q, latent_B1SL.shape[-1])
         # The rotated key is weighted along with the latent and cut off: cheaper than values cut out of the cache.
         out_BTNC = cached_attention(q, latent_B1SL, latent_B1SL, context.positions, scale)[..., : c_kv_BTC.shape[-1]]
     return shard(jnp.einsum("btnc,cnv->btnv", out_BTNC, w_uv_CNV), *_HEADS)
+
+
+def _widened(x: Array, width: int) -> Array:
+    """With zeros at the end of the last dim, up to the width of a cache's rows."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 class MLAttention(nn.Module):
@@ -135,12 +141,14 @@ class MLAttention(nn.Module):
         w_uk = param("w_uk", (C, N, P), "latent", "heads", "head_dim")
         w_uv = param("w_uv", (C, N, V), "latent", "heads", "head_dim")
         parts = (q_nope, q_rope, c_kv_BTC, k_rope_BTR, w_uk, w_uv, context, softmax_scale(P + R, self.rope))
+        own = None
         if cache is not None:
             assert context.positions is not None
             new_BT1L = jnp.concatenate([c_kv_BTC, k_rope_BTR], axis=-1)[:, :, None]
-            cache = {"latent": written(cache["latent"], new_BT1L, context.positions)}
-        if cache is not None and not context.fresh:
-            out_BTNV = mla_absorbed(*parts, latent_B1SL=cache["latent"])
+            new_BT1L = _widened(new_BT1L, cache["latent"].shape[-1])
+            cache, own = remembered(cache, {"latent": new_BT1L}, context.positions)
+        if own is not None and not context.fresh:
+            out_BTNV = mla_absorbed(*parts, latent_B1SL=own["latent"])
         else:
             out_BTNV = (mla_absorbed if self.absorbed else mla_expanded)(*parts)
         w_o = param("w_o", (N, V, D), "heads", "head_dim", "embed")

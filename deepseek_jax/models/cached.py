@@ -1,7 +1,8 @@
 """The model run from caches, layer by layer: what prefill and decoding are made of.
 
 Training scans over stacked parameters, which compiles one layer for all. A decoding step would spend its time copying each
-layer's weights out of the stack first, so here every layer has arrays of its own, cast once to the compute dtype.
+layer's weights out of the stack first, so here every layer has arrays of its own, cast once to the compute dtype; or, where
+sixty layers would compile for too long, its stacks stay and layers run in a loop.
 """
 
 import math
@@ -14,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deepseek_jax import platform
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.layers.cache import LayerCache, cache_shapes
+from deepseek_jax.layers.context import Context
 from deepseek_jax.models.block import Block
 from deepseek_jax.models.mtp import MTPModule
 from deepseek_jax.models.transformer import DeepSeek
@@ -26,7 +30,7 @@ from deepseek_jax.parallel.rules import shard
 from deepseek_jax.types import Array
 
 Cache = tuple[LayerCache, ...]
-"""A layer's cache each, that of the first multi-token module last where it is wanted."""
+"""A layer's cache each, or a stack's where layers run in a loop; that of the first multi-token module last where it is wanted."""
 
 
 @struct.dataclass
@@ -36,11 +40,13 @@ class LayerWeights:
     ends: Any
     """Of `DeepSeek`: embedding, final norm, head."""
     layers: tuple[Any, ...]
-    """Of a `Block` each."""
+    """Of a `Block` each; looped: of the dense ones and of the MoE ones, stacked, where there are any."""
     mtp: tuple[Any, ...]
     """Of a `MTPModule` each."""
     few_rows: bool = struct.field(pytree_node=False, default=False)
     """Whether matrices are turned so that the dim that decoding sums over comes last."""
+    looped: bool = struct.field(pytree_node=False, default=False)
+    """Whether layers run in a loop over their stacks."""
 
     def turned_back(self) -> "LayerWeights":
         """The same as the modules want it. Inside a program: the compiler reads the turned matrices where they are."""
@@ -54,18 +60,22 @@ class LayerWeights:
         return replace(jax.tree_util.tree_map_with_path(back, self), few_rows=False)
 
 
-def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume: bool = False) -> LayerWeights:
+def unstack(
+    model: DeepSeek, variables: Any, *, few_rows: bool = False, looped: bool = False, consume: bool = False
+) -> LayerWeights:
     """The variables layer by layer, in the compute dtype; norms, router and selection biases stay as they are.
 
     Args:
         model: the model.
         variables: as `model.init` gives them, on any mesh; each part keeps its shards.
         few_rows: turn matrices so that the dim a decoding step sums over comes last: a GPU reads them faster for a few
-            rows of input.
+            rows of input. Not of `looped` weights.
+        looped: leave stacks as they are, for a loop over them: compiled in the time and memory of two layers.
         consume: free each array once its copy is made, so that no second copy of the whole model exists; arrays that need
             no change are taken over.
     """
     c = model.config
+    assert not (few_rows and looped)
     stacks = {"dense_layers": c.num_dense_layers, "moe_layers": c.num_moe_layers, "mtp": c.num_nextn_predict_layers}
     apart: dict[str, list[Any]] = {name: [{} for _ in range(count)] for name, count in stacks.items()}
     ends: dict[str, Any] = {}
@@ -85,14 +95,17 @@ def unstack(model: DeepSeek, variables: Any, *, few_rows: bool = False, consume:
     for collection, tree in variables.items():
         for name, sub in tree.items():
             flat, shape = jax.tree_util.tree_flatten_with_path(sub)
-            count = stacks.get(name)
+            count = None if looped and name.endswith("_layers") else stacks.get(name)
             columns = [taken(path, leaf, count) for path, leaf in flat]
-            if count is None:
+            if name in stacks and count is None:
+                apart[name] = apart[name][:1]
+                apart[name][0][collection] = shape.unflatten(columns)
+            elif count is None:
                 ends.setdefault(collection, {})[name] = shape.unflatten(columns)
             for i in range(count or 0):
                 apart[name][i][collection] = shape.unflatten([column[i] for column in columns])
     layers = (*apart["dense_layers"], *apart["moe_layers"])
-    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart["mtp"]), few_rows=few_rows)
+    return LayerWeights(ends=ends, layers=layers, mtp=tuple(apart["mtp"]), few_rows=few_rows, looped=looped)
 
 
 def _taken(path: Any, leaf: Array, config: ModelConfig, few_rows: bool, count: int | None) -> Any:
@@ -135,7 +148,9 @@ def _summed_last(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     return special.get(name, (1, 2, 0) if len(shape) == 3 else (1, 0))
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, *, mtp: bool = False, dtype: str | None = None) -> Cache:
+def init_cache(
+    config: ModelConfig, batch: int, length: int, *, mtp: bool = False, looped: bool = False, dtype: str | None = None
+) -> Cache:
     """Empty caches: zeros, sharded over the ambient mesh by the rule table.
 
     Args:
@@ -143,13 +158,28 @@ def init_cache(config: ModelConfig, batch: int, length: int, *, mtp: bool = Fals
         batch: sequences, B.
         length: places of a sequence, S.
         mtp: with one for the first multi-token module.
+        looped: for weights of which that is said.
         dtype: of the entries; None is the compute dtype.
     """
-    shapes = cache_shapes(config.attention, batch, length)
     return tuple(
-        {key: shard(jnp.zeros(shape, dtype or config.dtype), *names) for key, (shape, names) in shapes.items()}
-        for _ in range(config.num_hidden_layers + mtp)
+        {key: shard(jnp.zeros(shape, dtype or config.dtype), *names) for key, (shape, names) in one.items()}
+        for one in model_cache_shapes(config, batch, length, mtp=mtp, looped=looped)
     )
+
+
+def model_cache_shapes(
+    config: ModelConfig, batch: int, length: int, *, mtp: bool = False, looped: bool = False
+) -> list[dict[str, tuple[tuple[int, ...], tuple[str, ...]]]]:
+    """Of each part of `init_cache`: name -> shape and logical axes."""
+    one = cache_shapes(config.attention, batch, length, tiled=platform.target() == "tpu")
+    if not looped:
+        return [one] * (config.num_hidden_layers + mtp)
+    stacks = [
+        {key: ((shape[0], count, *shape[1:]), (names[0], "layers", *names[1:])) for key, (shape, names) in one.items()}
+        for count in (config.num_dense_layers, config.num_moe_layers)
+        if count
+    ]
+    return [*stacks, *[one] * mtp]
 
 
 def extend(
@@ -174,12 +204,39 @@ def extend(
     x_BTD, context = model.apply(weights.ends, tokens, positions, fresh, method="begin")
     new, experts = list(cache), []
     for i, variables in enumerate(weights.layers):
-        block: Any = Block(c, moe=i >= c.num_dense_layers)  # linen types `apply` as what `mutable` would give
-        x_BTD, (stats, new[i]) = block.apply(variables, x_BTD, context, cache[i])
-        if stats is not None:
-            experts.append(stats.experts)
+        if weights.looped:
+            x_BTD, new[i], chosen = _loop(c, variables, x_BTD, context, cache[i], moe=i > 0 or not c.num_dense_layers)
+        else:
+            x_BTD, new[i], chosen = _layer(c, variables, x_BTD, context, cache[i], moe=i >= c.num_dense_layers)
+        if chosen is not None:
+            experts.append(chosen)
     hidden_BTD = model.apply(weights.ends, x_BTD, method="finish")
-    return hidden_BTD, tuple(new), jnp.stack(experts) if experts else None
+    if not weights.looped and experts:
+        return hidden_BTD, tuple(new), jnp.stack(experts)
+    return hidden_BTD, tuple(new), experts[0] if experts else None
+
+
+def _layer(
+    config: ModelConfig, variables: Any, x_BTD: Array, context: Context, cache: LayerCache, *, moe: bool
+) -> tuple[Array, LayerCache, Array | None]:
+    block: Any = Block(config, moe=moe)  # linen types `apply` as what `mutable` would give
+    x_BTD, (stats, cache) = block.apply(variables, x_BTD, context, cache)
+    return x_BTD, cache, None if stats is None else stats.experts
+
+
+def _loop(
+    config: ModelConfig, stack: Any, x_BTD: Array, context: Context, cache: LayerCache, *, moe: bool
+) -> tuple[Array, LayerCache, Array | None]:
+    """As `_layer`, of all layers of a stack. All caches are carried, so that a step writes its tokens' rows alone."""
+
+    def body(carry: tuple[Array, LayerCache], one: tuple[Any, Array]) -> tuple[tuple[Array, LayerCache], Array | None]:
+        (x_BTD, kept), (variables, layer) = carry, one
+        x_BTD, kept, experts = _layer(config, variables, x_BTD, context, kept | {"layer": layer}, moe=moe)
+        return (x_BTD, {name: kept[name] for name in cache}), experts
+
+    layers = jnp.arange(config.num_moe_layers if moe else config.num_dense_layers)
+    (x_BTD, cache), experts = lax.scan(body, (x_BTD, cache), (stack, layers))
+    return x_BTD, cache, experts
 
 
 def draft(

@@ -218,7 +218,9 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
 def cache_bytes(request: PlanRequest) -> dict[str, int]:
     """Bytes of one device's caches, by name of the entry."""
     model = request.model
-    shapes = cache_shapes(model.attention, request.run.batch_size, request.run.seq_len)
+    shapes = cache_shapes(
+        model.attention, request.run.batch_size, request.run.seq_len, tiled=bool(request.device.torus)
+    )
     item = ITEM[model.dtype]
     return {
         name: model.num_hidden_layers * item * math.prod(shape) // request.split(*names)

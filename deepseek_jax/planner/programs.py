@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax import platform
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.infer import programs
 from deepseek_jax.infer.sampling import Sampling, settings
-from deepseek_jax.layers.cache import cache_shapes
-from deepseek_jax.models.cached import unstack
+from deepseek_jax.models.cached import model_cache_shapes, unstack
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.mesh import use_mesh
@@ -30,7 +30,8 @@ def lower(request: PlanRequest, mesh: Mesh) -> tuple[Any, dict[str, str]]:
     """The step of a request lowered for a mesh, whose devices may be absent, and names of the shapes of its state."""
     make = {"train": _train, "grpo": _grpo, "prefill": _prefill, "decode": _decode}[request.step]
     # Shapes are made outside of the mesh: eager operations under one of absent devices fail.
-    function, arguments = make(request, mesh)
+    with platform.compile_for(platform.of_backend(mesh.devices.flat[0].platform)):
+        function, arguments = make(request, mesh)
     with use_mesh(mesh):
         lowered = function.lower(*arguments)
     return lowered, _names(arguments)
@@ -87,19 +88,19 @@ def _served(request: PlanRequest) -> ModelConfig:
 
 
 def _weights(model: ModelConfig, mesh: Mesh) -> Any:
-    """`LayerWeights` on shapes; every leaf is sharded as its slice of the stack is."""
+    """`LayerWeights` on shapes, sharded by the rules."""
     boxed = abstract_variables(model)
-    shapes = jax.eval_shape(lambda variables: unstack(DeepSeek(model), variables), unbox(boxed))
-    stacks = ["dense_layers"] * model.num_dense_layers + ["moe_layers"] * model.num_moe_layers
+    shapes = jax.eval_shape(lambda variables: unstack(DeepSeek(model), variables, looped=True), unbox(boxed))
+    stacks = ["dense_layers"] * bool(model.num_dense_layers) + ["moe_layers"] * bool(model.num_moe_layers)
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
 
     def one(path: Any, leaf: Any) -> Any:
         field, *keys = path
         if field.name == "ends":
             names: Names = _at(boxed, keys)
-        else:  # layers[i][collection]…: without the dim of the stack
+        else:  # layers[i][collection]…
             collection, *rest = keys[1:]
-            names = _at(boxed[collection.key][stacks[keys[0].idx]], rest)[1:]
+            names = _at(boxed[collection.key][stacks[keys[0].idx]], rest)
         return _array(mesh, leaf.shape, leaf.dtype, *names)
 
     return tree.unflatten([one(path, leaf) for path, leaf in flat])
@@ -113,10 +114,9 @@ def _at(tree: Any, keys: list[Any]) -> Names:
 
 def _decode(request: PlanRequest, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     model, B = _served(request), request.run.batch_size
-    shapes = cache_shapes(model.attention, B, request.run.seq_len)
     cache = tuple(
-        {key: _array(mesh, shape, model.dtype, *names) for key, (shape, names) in shapes.items()}
-        for _ in range(model.num_hidden_layers)
+        {key: _array(mesh, shape, model.dtype, *names) for key, (shape, names) in one.items()}
+        for one in model_cache_shapes(model, B, request.run.seq_len, looped=True)
     )
     row = _array(mesh, (B,), jnp.int32, "batch")
     seen = _array(mesh, (B, model.vocab_size), jnp.bool_, "batch", "none")

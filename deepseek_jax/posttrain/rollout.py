@@ -93,7 +93,7 @@ def require_same(model: DeepSeek, variables: Any, weights: LayerWeights, mesh: M
         weights: of the sampler: what `unstack` made of some variables.
         mesh: that `weights` lie on, where it is not the ambient one.
     """
-    ours = _named(_bits_unstacked(model, variables))
+    ours = _named(_bits_unstacked(model, weights.looped, variables))
     with use_mesh(mesh):
         theirs = checksum(weights)
     if missing := sorted(ours.keys() ^ theirs.keys()):
@@ -118,6 +118,6 @@ def _bits(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-@partial(jax.jit, static_argnums=0)
-def _bits_unstacked(model: DeepSeek, variables: Any) -> Any:
-    return _bits(unstack(model, variables))
+@partial(jax.jit, static_argnums=(0, 1))
+def _bits_unstacked(model: DeepSeek, looped: bool, variables: Any) -> Any:
+    return _bits(unstack(model, variables, looped=looped))
