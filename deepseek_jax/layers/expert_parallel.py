@@ -29,7 +29,7 @@ from deepseek_jax.layers.experts import (
     sort_pairs,
     sorted_experts,
 )
-from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, send_rows
+from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, scattered_sum, send_rows
 from deepseek_jax.parallel.rules import axes_of, sharded_map
 from deepseek_jax.types import Array
 
@@ -167,5 +167,5 @@ def _ring(
     weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
     weighed_RD = out_RD.astype(weight_R.dtype) * weight_R[:, None]
     out_AD = jax.ops.segment_sum(weighed_RD, pair_R // X, num_segments=len(x_AD))
-    out_MD = lax.psum_scatter(out_AD.astype(x_MD.dtype), axes, scatter_dimension=0, tiled=True)
+    out_MD = scattered_sum(out_AD.astype(x_MD.dtype), axes, 0)
     return out_MD, (counts_E[:-1].sum() - ends_E[-1]).astype(jnp.float32)

@@ -2,7 +2,8 @@
 
 Everything here runs inside a `shard_map` over the axis it talks over. A ragged all-to-all sends a run of rows to every
 shard and receives one from each; XLA implements it on TPU and GPU, not on CPU (jax issue 34755), where an emulation of
-the same signature gathers and selects, so that virtual devices test the path that pods run.
+the same signature gathers and selects, so that virtual devices test the path that pods run. GPUs run the emulation too,
+which was eight times as fast there (docs/benchmarks.md).
 """
 
 import functools
@@ -140,10 +141,10 @@ def ragged_all_to_all(
         output_offsets: see `output`.
         recv_sizes: rows that come from each shard.
         axes: mesh axes of the S shards.
-        implementation: None takes the native one where the platform has it.
+        implementation: None takes the native one on TPUs alone.
     """
     if implementation is None:
-        implementation = "emulated" if platform.target() == "cpu" else "native"
+        implementation = "native" if platform.target() == "tpu" else "emulated"
     if implementation == "native":
         return lax.ragged_all_to_all(
             operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axes
@@ -157,6 +158,16 @@ def ragged_all_to_all(
         rows = everything[sender][jnp.clip(places - puts[sender] + starts[sender], 0, operand.shape[0] - 1)]
         output = jnp.where(inside.reshape(-1, *[1] * (output.ndim - 1)), rows, output)
     return output
+
+
+def scattered_sum(x: Array, axes: Axes, dim: int) -> Array:
+    """The sum over the shards, of which each is left with its own part along `dim`; the first axis is the outermost.
+
+    Axis by axis: over several at once, the TPU compiler makes the whole sum on every device and cuts it.
+    """
+    for axis in axes:
+        x = lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    return x
 
 
 def gather_weight(w: Array, axes: Axes, dim: int, dtype: str) -> Array:
@@ -182,7 +193,7 @@ def _gather_fwd(w: Array, axes: Axes, dim: int, dtype: str):
 def _gather_bwd(axes: Axes, dim: int, dtype: str, like: Array, d: Array):
     del dtype
     if axes:
-        d = lax.psum_scatter(d, axes, scatter_dimension=dim, tiled=True)
+        d = scattered_sum(d, axes, dim)
     return (d.astype(like.dtype),)
 
 

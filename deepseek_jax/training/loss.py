@@ -16,7 +16,7 @@ from jax import lax
 from deepseek_jax.layers.context import valid_after_shift
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.transformer import DeepSeek
-from deepseek_jax.parallel.exchange import gather_weight
+from deepseek_jax.parallel.exchange import gather_weight, scattered_sum
 from deepseek_jax.parallel.ring import zigzag
 from deepseek_jax.parallel.rules import axes_of, degree, sharded_map
 from deepseek_jax.types import Array, RouterStats
@@ -157,8 +157,7 @@ def _chunks_fwd(
 
     start = (jnp.zeros((), wide), jnp.zeros(whole.shape, wide))
     (total, dw), dh = lax.scan(step, start, (hidden, targets, weights, kept))
-    if axes.width:
-        dw = lax.psum_scatter(dw, axes.width, scatter_dimension=0, tiled=True)
+    dw = scattered_sum(dw, axes.width, 0)
     return total, (dh, dw.astype(w.dtype))
 
 
