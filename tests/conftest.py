@@ -1,6 +1,9 @@
 """The machine that every test sees: the CPU, as 8 virtual devices, unless the environment already says otherwise."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -12,6 +15,11 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}".strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Of this session alone: its workers and the processes that tests start compile many of the same programs.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="deepseek_jax_tests_")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, tuple(degrees), axis_types=(AxisType.Auto,) * len(degrees))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What `jax.jit` must be told of programs with a ragged all-to-all on this mesh.
+
+    libtpu 0.0.42 insists on a barrier of the exchange's own, which it does not find on many layouts of more than 512 chips
+    ("Assigned barrier is not acceptable"); let be, it takes one of all chips there.
+    """
+    if mesh.devices.flat[0].platform != "tpu" or mesh.size <= 512 or mesh.shape["expert"] == 1:
+        return None
+    return {"xla_tpu_force_custom_barrier_for_ragged_all_to_all": "false"}
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[Any]:
     """Make `mesh` the ambient one, and trace kernels for its devices' platform. None: all stays as it is."""

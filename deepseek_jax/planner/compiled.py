@@ -102,6 +102,7 @@ def environment(device: str, dumps: Path | None = None) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": _ACCELERATORS[device],
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache leaves no dumps
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a second compile at once would die of libtpu's lock file
         **flags,
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),

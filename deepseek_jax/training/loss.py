@@ -157,7 +157,8 @@ def _chunks_fwd(
 
     start = (jnp.zeros((), wide), jnp.zeros(whole.shape, wide))
     (total, dw), dh = lax.scan(step, start, (hidden, targets, weights, kept))
-    dw = scattered_sum(dw, axes.width, 0)
+    # Together, or the compiler keeps the whole dw until the optimizer asks for its part.
+    dh, dw = lax.optimization_barrier((dh, scattered_sum(dw, axes.width, 0)))
     return total, (dh, dw.astype(w.dtype))
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.parallel.hosts import Rows
+from deepseek_jax.parallel.mesh import compiler_options
 from deepseek_jax.parallel.rules import named_sharding
 from deepseek_jax.training.bias import bias_spread, max_violation, update_router
 from deepseek_jax.training.config import RunConfig
@@ -153,7 +154,10 @@ def compile_train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
     # With output shardings unstated, the gradient of a sharded weight comes back replicated.
     # Metrics replicated, since a process can read only what its devices hold.
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(make_train_step(config), in_shardings=(state, None), out_shardings=(state, whole), donate_argnums=0)
+    return jax.jit(
+        make_train_step(config), in_shardings=(state, None), out_shardings=(state, whole), donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )  # fmt: skip
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh, here: Rows | None = None) -> Batch:
