@@ -244,9 +244,9 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     """Compute dtype of matrix products and residuals; norms, router and softmax stay in float32 or wider."""
     param_dtype: Dtype = "float32"
-    remat: Literal["none", "full", "v3"] = "none"
+    remat: Literal["none", "full", "v3", "offload"] = "none"
     """What the backward pass recomputes: nothing, each layer (its integers of routing are kept), or as V3 does norms and MLA
-    up-projections."""
+    up-projections. "offload" is "full", with the layers' inputs in the host's memory meanwhile."""
     scan_layers: bool = True
     """Run stacked layers as one compiled loop; False unrolls it. The parameter tree is the same."""
     expert_exchange: Literal["ragged", "ring"] = "ragged"
@@ -274,7 +274,8 @@ class ModelConfig:
         dtypes = ("float64", "float32", "bfloat16", "float16")
         check(self.dtype in dtypes, "dtype", f"must be one of {dtypes}")
         check(self.param_dtype in dtypes, "param_dtype", f"must be one of {dtypes}")
-        check(self.remat in ("none", "full", "v3"), "remat", "must be 'none', 'full' or 'v3'")
+        remats = ("none", "full", "v3", "offload")
+        check(self.remat in remats, "remat", f"must be one of {remats}")
         check(self.expert_exchange in ("ragged", "ring"), "expert_exchange", "must be 'ragged' or 'ring'")
         check(
             self.expert_buffer_factor is None or self.expert_buffer_factor >= 1, "expert_buffer_factor",

@@ -133,7 +133,7 @@ def test_scanned_equals_unrolled_and_remat_equals_none(kind):
     config = micro(kind, dtype="float64", param_dtype="float64")
     function, params = _loss_and_gradient(config)
     expected = jax.jit(function)(params)
-    for fields in ({"scan_layers": False}, {"remat": "full"}, {"remat": "v3"}):
+    for fields in ({"scan_layers": False}, {"remat": "full"}, {"remat": "v3"}, {"remat": "offload"}):
         other, _ = _loss_and_gradient(replace(config, **fields))
         assert_trees_close(jax.jit(other)(params), expected, rtol=1e-11), fields
 
@@ -169,9 +169,25 @@ def test_remat_recomputes_what_it_says():
         return sum(eqn.primitive.name == "dot_general" for eqn in _equations(jax.make_jaxpr(function)(params).jaxpr))
 
     none, v3, full = products(), products(remat="v3"), products(remat="full")
+    assert full - products(remat="offload") == 1  # the projection before the multi-token module's layer
     # Three up-projections (queries, keys, values) in each of the three layer kinds: dense, MoE, multi-token.
     assert v3 - none == 9
     assert full - v3 > 20
+
+
+def test_offload_leaves_no_layers_input_on_the_device():
+    """What the loop over layers hands to the backward pass: with "full" their inputs, [L, B, T, D]; else those of hosts."""
+
+    def kept(remat):
+        config = micro("v3", remat=remat, num_nextn_predict_layers=0, dtype="float64", param_dtype="float64")
+        function, params = _loss_and_gradient(config)
+        shape = (config.num_moe_layers, 4, 16, config.hidden_size)
+        loops = [eqn for eqn in _equations(jax.make_jaxpr(function)(params).jaxpr) if eqn.primitive.name == "scan"]
+        found = [var.aval for eqn in loops for var in eqn.outvars if var.aval.shape == shape]
+        return ["host" in str(aval) for aval in found]
+
+    assert kept("full") and not any(kept("full"))
+    assert kept("offload") and all(kept("offload"))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 64])

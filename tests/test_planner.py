@@ -110,6 +110,8 @@ def test_less_is_kept_with_more_recomputation():
     flops = [dsj.plan("deepseek-v2-lite", "v5e:8x8", remat=remat).flops for remat in ("none", "v3", "full")]
     assert flops[0].recomputed == 0 < flops[1].recomputed < flops[2].recomputed < flops[2].forward
     assert len({f.model for f in flops}) == 1
+    offload = dsj.plan("deepseek-v2-lite", "v5e:8x8", remat="offload")
+    assert offload.memory.peak < peaks[2] and offload.flops == flops[2]
 
 
 def test_traffic_of_weights():

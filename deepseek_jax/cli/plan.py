@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="sequences of a step over all devices (default: one a shard of the batch)",
     )
     add("--accumulation", type=int, metavar="A", help="pieces in which the batch is worked off")
-    add("--remat", choices=("none", "v3", "full"), help="what the backward pass recomputes")
+    add("--remat", choices=("none", "v3", "full", "offload"), help="what the backward pass recomputes")
     add("--moments", choices=("float32", "bfloat16"), help="dtype of the optimizer's moments")
     add("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the stored parameters")
     add(

@@ -25,9 +25,10 @@ V3_SAVED = (
 )  # fmt: skip
 """What remat = "v3" keeps: all matrix products but MLA's up-projections. Norms, those and SwiGLU's product are redone."""
 
-
 LATENT_EPS = 1e-6
 """Of the norms of MLA's latents: every published implementation leaves it at this, whatever rms_norm_eps says."""
+
+_LAYER_IN = "layer_in_host"
 
 
 class Block(nn.Module):
@@ -46,6 +47,8 @@ class Block(nn.Module):
         """
         c = self.config
         kwargs: dict[str, Any] = dict(param_dtype=c.param_dtype, stddev=c.initializer_range)
+        if c.remat == "offload":
+            x_BTD = checkpoint_name(x_BTD, _LAYER_IN)
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
         if isinstance(c.attention, GQA):
             attention = GQAttention(c.attention, c.rope, name="attention", **kwargs)
@@ -75,6 +78,11 @@ def remat_policy(config: ModelConfig, *also: str) -> Any:
         # Slices of stacked weights are cheap to take again.
         return lambda primitive, *_, **__: primitive.name not in ("dynamic_slice", "squeeze")
     names = ("routing", *(V3_SAVED if config.remat == "v3" else ()), *also)
+    if config.remat == "offload":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(names), names_which_can_be_offloaded=[_LAYER_IN],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
     named = jax.checkpoint_policies.save_only_these_names(*names)
     if config.remat != "v3":
         return named

@@ -54,8 +54,10 @@ def pipelined_stack(
         moe: whether this is the stack of MoE layers.
 
     Raises:
-        ValueError: see `Pipeline.check_layers` and `Pipeline.check_rows`.
+        ValueError: see `Pipeline.check_layers` and `Pipeline.check_rows`; remat = "offload".
     """
+    if config.remat == "offload":
+        raise ValueError("remat = 'offload' in a pipeline is not built: take 'full'")
     S, V, L = stages_of_mesh(), pipeline.chunks, config.num_moe_layers if moe else config.num_dense_layers
     pipeline.check_layers(S, L)
     per = -(-L // (S * V))

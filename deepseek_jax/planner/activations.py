@@ -106,4 +106,6 @@ def saved(request: PlanRequest, tensors: list[Tensor]) -> list[Tensor]:
     remat = request.model.remat
     if remat == "none":
         return [t for t in tensors if t.read]
+    if remat == "offload":
+        return []
     return [t for t in tensors if t.name == "block_in" or (remat == "v3" and t.name in V3_SAVED)]

@@ -202,7 +202,8 @@ def flops_of(request: PlanRequest) -> Flops:
     forward, attention = sum(parts.values()), parts["scores"]
     if not request.trains:
         return Flops(forward=forward, backward=0.0, recomputed=0.0, attention=attention)
-    recomputed = {"none": 0.0, "full": forward - parts["head"], "v3": _up_projections(request)}[model.remat]
+    whole = forward - parts["head"]
+    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(request)}[model.remat]
     if request.step == "grpo":  # the reference's log-probabilities are one more forward pass
         recomputed += forward
     return Flops(forward=forward, backward=2 * forward, recomputed=recomputed, attention=attention)

@@ -50,7 +50,7 @@ class From:
     """Of the products; None: what a run was trained in, of a published checkpoint bfloat16, on a CPU float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters that are updated."""
-    remat: Literal["none", "v3", "full"] | None = None
+    remat: Literal["none", "v3", "full", "offload"] | None = None
     """What the backward pass computes anew; None: as `init_from` says."""
     seed: int = 0
     verify_checkpoints: Literal["full", "sampled", "off"] = "full"
