@@ -43,10 +43,11 @@ notebooks: ## run every notebook from top to bottom
 	$(install) "dev,$(EXTRAS)"
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest --nbmake --nbmake-timeout 600 -W default notebooks $(ARGS)
 
-studies: ## run the experiments again: an hour; their results are committed
+studies: ## more cases of some tests, and the experiments again: over an hour; their results are committed
 	$(install) "test,$(EXTRAS)"
 	$(VENV)/bin/python experiments/published_schedules/run.py
 	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/costs/run.py
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m study
 	DEEPSEEK_JAX_KILLS=20 $(VENV)/bin/python -m pytest tests/test_checkpoint_damage.py -k killed
 	$(VENV)/bin/python experiments/kill_points/run.py
 	$(VENV)/bin/python experiments/pretraining_small/run.py

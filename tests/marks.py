@@ -1,4 +1,4 @@
-"""Why a test is skipped on a machine that lacks what it needs."""
+"""Why a test is skipped, or left to `make studies`."""
 
 import importlib.util
 
@@ -9,3 +9,8 @@ needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; th
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
+
+
+def study(*values, id=None):
+    """A case of a parametrised test that `make studies` runs: others of the test stand for it in `make test`."""
+    return pytest.param(*values, id=id, marks=pytest.mark.study)

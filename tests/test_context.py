@@ -20,7 +20,7 @@ from helpers import (
     run_config,
     variables_on,
 )
-from marks import needs_8
+from marks import needs_8, study
 
 import deepseek_jax as dsj
 from deepseek_jax.config import MoE
@@ -123,7 +123,7 @@ _MODELS = {
     "name, layout",
     [
         ("llm-gqa", dict(context=8)),
-        ("v2", dict(context=4)),
+        study("v2", dict(context=4)),
         ("v3", dict(fsdp=2, context=2, tensor=2)),
     ],
 )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import micro, random_variables
+from marks import study
 
 import deepseek_jax as dsj
 from deepseek_jax.data.tokenizer import byte_tokenizer
@@ -97,7 +98,7 @@ def test_a_cancelled_request_frees_its_slot(v3):
     assert len(running.tokens) == 3 and not waiting.tokens and len(last.tokens) == 3
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", [study(False), True])
 def test_experts_are_those_of_the_forward_pass(v3, speculate):
     """Of every token that was run: as many of each expert as the router of the whole sequence counts."""
     model, variables = v3

@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from marks import needs_libtpu
+from marks import needs_libtpu, study
 
 from deepseek_jax.planner.compiled import environment
 
-TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2")
+TOPOLOGIES = (study("v5p:2x2x1"), "v5e:2x2")
 ENGINE = "v5e:2x2"  # where the engine's programs are compiled too; they take as long as all else
 
 

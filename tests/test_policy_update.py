@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_trees_close, micro, random_variables
+from marks import study
 
 import deepseek_jax as dsj
 from deepseek_jax.infer.engine import Engine, Request, Sampling
@@ -39,7 +40,7 @@ def _rollouts(config, B=4, T=11):
     )
 
 
-@pytest.mark.parametrize("kind", ["llm-gqa", "v3"])
+@pytest.mark.parametrize("kind", [study("llm-gqa"), "v3"])
 def test_an_update_equals_autodiff_through_whole_logits(kind):
     config = micro(kind, num_hidden_layers=2, num_nextn_predict_layers=0)
     model, variables = dsj.DeepSeek(config), random_variables(config)
@@ -73,7 +74,7 @@ def test_an_update_equals_autodiff_through_whole_logits(kind):
     assert int(new.step) == 1 and metrics["kl"] > 0
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", [study("token"), "sequence"])
 def test_pieces_and_stated_old_probabilities_change_nothing(ratio):
     config = micro("v3", num_hidden_layers=2, num_nextn_predict_layers=0)
     model, variables = dsj.DeepSeek(config), random_variables(config)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_close, micro, random_tokens, run_config
-from marks import needs_8
+from marks import needs_8, study
 
 from deepseek_jax.layers.balance import exempt_sequences
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
@@ -75,7 +75,7 @@ def _routed(**fields):
 
 
 @needs_8
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", [study("float64"), "float32"])
 def test_router_bias_does_not_depend_on_devices_or_accumulation(dtype):
     """20 steps on 1, 2 and 8 devices, accumulation 1 and 4, with the multi-token module's own bias."""
     with jax.enable_x64(dtype == "float64"):
@@ -99,7 +99,7 @@ def test_bias_update_by_hand():
 
 LAYOUTS = [
     ("v3", MeshConfig(data=2, fsdp=2, tensor=2)),
-    ("v2", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    study("v2", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
     ("llm-gqa", MeshConfig(data=2, fsdp=2, tensor=2)),
 ]
 
