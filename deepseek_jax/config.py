@@ -250,7 +250,8 @@ class ModelConfig:
     scan_layers: bool = True
     """Run stacked layers as one compiled loop; False unrolls it. The parameter tree is the same."""
     expert_exchange: Literal["ragged", "ring"] = "ragged"
-    """How tokens get to experts that a mesh splits: a ragged all-to-all, or gathered and reduced by all that hold some."""
+    """How tokens get to experts that a mesh splits: a ragged all-to-all, or gathered and reduced by all that hold some, which
+    was the faster on two GPUs (docs/benchmarks.md)."""
     expert_buffer_factor: float | None = None
     """Places of a shard for the token-expert pairs it receives, over its even share; None: room for all that can come.
     Pairs that find no place are left out, counted and logged as `overflow`."""
