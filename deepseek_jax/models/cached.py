@@ -211,9 +211,8 @@ def extend(
         if chosen is not None:
             experts.append(chosen)
     hidden_BTD = model.apply(weights.ends, x_BTD, method="finish")
-    if not weights.looped and experts:
-        return hidden_BTD, tuple(new), jnp.stack(experts)
-    return hidden_BTD, tuple(new), experts[0] if experts else None
+    together = jnp.concatenate if weights.looped else jnp.stack  # a loop's are those of all its layers
+    return hidden_BTD, tuple(new), together(experts) if experts else None
 
 
 def _layer(

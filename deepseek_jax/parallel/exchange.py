@@ -192,9 +192,7 @@ def _gather_fwd(w: Array, axes: Axes, dim: int, dtype: str):
 
 def _gather_bwd(axes: Axes, dim: int, dtype: str, like: Array, d: Array):
     del dtype
-    if axes:
-        d = scattered_sum(d, axes, dim)
-    return (d.astype(like.dtype),)
+    return (scattered_sum(d, axes, dim).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
