@@ -1,11 +1,11 @@
 """Expert exchange on several GPUs of one host: gradients of the ragged all-to-all against the emulation's, and both ways timed.
 
-    python benchmarks/exchange_gpu.py [--tokens 8192] [--rounds 20]
+    python benchmarks/exchange_gpu.py [--tokens 8192] [--buffer 1.25] [--rounds 20]
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/exchange_gpu.py --small
 
 Two layouts of all devices: experts over all, and, of four or more, fsdp 2 × experts over the rest. A layer of routed
 experts of V2-Lite's shape (64 experts of 1,408, width 2,048, 6 a token), random weights and routes, bfloat16, forward and
-backward. Values and gradients are compared with the emulation (gathers and selects) element by element: XLA's one-shot
+backward. Values and gradients are compared with the emulation (an all-to-all of equal blocks) element by element: XLA's one-shot
 ragged all-to-all on GPUs was seen to corrupt gradients, so the bits are looked at before the times. One line of JSON a
 layout.
 """
@@ -27,9 +27,9 @@ from deepseek_jax.parallel import MeshConfig, exchange, make_mesh, use_mesh
 ragged_all_to_all = exchange.ragged_all_to_all
 
 
-def layer(way: str, arrays: Any, cotangent: jax.Array) -> Any:
+def layer(way: str, buffer: float | None, arrays: Any, cotangent: jax.Array) -> Any:
     """Compiled value and gradients of the layer, by one way of exchange."""
-    chosen = expert_parallel.Exchange(way="ring" if way == "ring" else "ragged")
+    chosen = expert_parallel.Exchange(way="ring" if way == "ring" else "ragged", buffer_factor=buffer)
     if way != "ring":
         exchange.ragged_all_to_all = partial(ragged_all_to_all, implementation=way)
 
@@ -56,6 +56,7 @@ def seconds(function: Any, *arguments: Any, rounds: int) -> tuple[float, float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of a device")
+    parser.add_argument("--buffer", type=float, help="places of a device, over its even share; room for all by default")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         cotangent = jnp.asarray(draw.standard_normal((N, T, D)), jnp.float32)
         with use_mesh(make_mesh(MeshConfig(data=1, **degrees))):
             ways = {
-                way: layer(way, (arrays, indices), cotangent)
+                way: layer(way, options.buffer, (arrays, indices), cotangent)
                 for way in (*["native"] * (not options.small), "emulated", "ring")
             }
             truth = jax.device_get(ways["emulated"](arrays, indices))

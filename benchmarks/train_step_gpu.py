@@ -29,10 +29,10 @@ from deepseek_jax.training.state import init_state
 from deepseek_jax.training.step import compile_train_step, place_batch
 
 
-def model(remat: str, exchange: str) -> ModelConfig:
+def model(remat: str, exchange: str, buffer: float | None) -> ModelConfig:
     return ModelConfig(
         name="v3-style-2b", vocab_size=102400, hidden_size=2048, num_hidden_layers=12, remat=remat,
-        expert_exchange=exchange,
+        expert_exchange=exchange, expert_buffer_factor=buffer,
         attention=MLA(
             num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512,
             qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a device")
     parser.add_argument("--mesh", default="data=1", help="such as fsdp=2,expert=2")
     parser.add_argument("--exchange", nargs="+", default=["ragged"], help="of tokens between experts: ragged, ring")
+    parser.add_argument("--buffer", type=float, help="places for what comes to an expert's device, over its even share")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--remat", nargs="+", default=["none"])
@@ -59,7 +60,7 @@ def main() -> None:
     devices = math.prod(degrees.values())
     batch = options.batch * devices
     for remat, exchange in itertools.product(options.remat, options.exchange):
-        config = model(remat, exchange)
+        config = model(remat, exchange, options.buffer)
         run = RunConfig(
             optimizer=AdamW(moment_dtype="bfloat16"),
             model=config, schedule=MultiStep(peak=1e-4), steps=1000, batch_size=batch, seq_len=options.length,
