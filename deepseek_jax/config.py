@@ -6,7 +6,7 @@ scaling one of three kinds or none: what a model has is said by the kind of its 
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 def require(condition: bool, owner: str, field: str, value: Any, remedy: str) -> None:
@@ -218,6 +218,9 @@ class MoE:
 
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Remat = Literal["none", "v3", "full", "offload"]
+REMATS: tuple[Remat, ...] = get_args(Remat)
+"""From the most memory to the least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +247,12 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     """Compute dtype of matrix products and residuals; norms, router and softmax stay in float32 or wider."""
     param_dtype: Dtype = "float32"
-    remat: Literal["none", "full", "v3", "offload"] = "none"
+    remat: Remat = "none"
     """What the backward pass recomputes: nothing, each layer (its integers of routing are kept), or as V3 does norms and MLA
     up-projections. "offload" is "full", with the layers' inputs in the host's memory meanwhile."""
+    gradient_sum: Literal["compute", "float32"] = "compute"
+    """Dtype in which weights' gradients are added up over devices: the compute dtype, or float32, which is twice the bytes.
+    Those of embedding and head, and pieces of a batch, are added up in float32 always."""
     scan_layers: bool = True
     """Run stacked layers as one compiled loop; False unrolls it. The parameter tree is the same."""
     expert_exchange: Literal["ragged", "ring"] = "ragged"
@@ -275,8 +281,8 @@ class ModelConfig:
         dtypes = ("float64", "float32", "bfloat16", "float16")
         check(self.dtype in dtypes, "dtype", f"must be one of {dtypes}")
         check(self.param_dtype in dtypes, "param_dtype", f"must be one of {dtypes}")
-        remats = ("none", "full", "v3", "offload")
-        check(self.remat in remats, "remat", f"must be one of {remats}")
+        check(self.remat in REMATS, "remat", f"must be one of {REMATS}")
+        check(self.gradient_sum in ("compute", "float32"), "gradient_sum", "must be 'compute' or 'float32'")
         check(self.expert_exchange in ("ragged", "ring"), "expert_exchange", "must be 'ragged' or 'ring'")
         check(
             self.expert_buffer_factor is None or self.expert_buffer_factor >= 1, "expert_buffer_factor",

@@ -9,7 +9,7 @@ Sources, by the letters in `Device.source`:
     C  "available HBM" that libtpu 0.0.42's compiler names when it refuses a program (measured for every one of them)
     N  NVIDIA's data sheets; memory as nvidia-smi prints it
     D  DeepEP's README: H800's NVLink gives about 160 GB/s; the data sheet's 400 GB/s are both directions
-    ?  from memory, to be checked before money depends on it
+    ?  from memory, to be checked before money depends on it; so are all TPUs' links to their hosts
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Device:
     """Bytes/s, one direction, of one link of the torus, or of the way into the switch."""
     network: float | None = None
     """Bytes/s, one direction, a device's share of its host's data-centre network."""
+    host_link: float | None = None
+    """Bytes/s, one direction, between a device and its host's memory."""
     per_host: int = 4
     """Devices of a host."""
     host_memory: float | None = None
@@ -54,7 +56,8 @@ class Device:
     @property
     def plannable(self) -> bool:
         """Whether all that a plan needs is known."""
-        return None not in (self.bf16, self.hbm, self.hbm_bandwidth, self.link, self.network)
+        needed = (self.bf16, self.hbm, self.hbm_bandwidth, self.link, self.network, self.host_link, self.host_memory)
+        return None not in needed
 
 
 def _tpu(name: str, kinds: tuple[str, ...], teraflops: float, **fields) -> Device:
@@ -72,52 +75,52 @@ DEVICES: tuple[Device, ...] = (
     _tpu("v3", ("TPU v3",), 61.5, source="G"),
     _tpu(
         "v4", ("TPU v4",), 275, hbm=int(30.5 * GIB), hbm_bandwidth=1228 * GB, torus=3, link=50 * GB,
-        network=6.25 * GB, host_memory=407 * GB, named_cores=2, source="G, C (two cores of 15.25), network ?",
+        network=6.25 * GB, host_link=16 * GB, host_memory=407 * GB, named_cores=2, source="G, C (two cores of 15.25), network ?",
     ),
     _tpu(
         "v5e", ("TPU v5 lite", "TPU v5e"), 197, hbm=int(15.75 * GIB), hbm_bandwidth=819 * GB, torus=2, link=50 * GB,
-        network=3.125 * GB, host_memory=192 * GB, source="G, C, host ?",
+        network=3.125 * GB, host_link=16 * GB, host_memory=192 * GB, source="G, C, host ?",
     ),
     _tpu(
         "v5p", ("TPU v5p", "TPU v5"), 459, hbm=int(95.74 * GIB), hbm_bandwidth=2765 * GB, torus=3, link=100 * GB,
-        network=6.25 * GB, host_memory=448 * GB, named_cores=2, source="G, C, network ?",
+        network=6.25 * GB, host_link=16 * GB, host_memory=448 * GB, named_cores=2, source="G, C, network ?",
     ),
     _tpu(
         "v6e", ("TPU v6 lite", "TPU v6e"), 918, hbm=int(31.25 * GIB), hbm_bandwidth=1640 * GB, torus=2, link=112 * GB,
-        network=12.5 * GB, host_memory=720 * GB, source="G, C, network ?",
+        network=12.5 * GB, host_link=32 * GB, host_memory=720 * GB, source="G, C, network ?",
     ),
     _tpu(
         "tpu7x", ("TPU7x", "TPU v7x"), 1153.5, fp8=2307e12, hbm=int(94.75 * GIB), hbm_bandwidth=3690 * GB, torus=3,
-        link=50 * GB, network=6.25 * GB, per_host=8, host_memory=960 * GB, per_chip=2, named_cores=2,
+        link=50 * GB, network=6.25 * GB, per_host=8, host_link=16 * GB, host_memory=960 * GB, per_chip=2, named_cores=2,
         source="G, C; half of the chip's links (1.2 TB/s in all) a core; network and host ?",
     ),
     _gpu(
         "a100-40", ("A100",), 312, hbm=40536 * MIB, hbm_bandwidth=1555 * GB, link=300 * GB, network=25 * GB,
-        host_memory=1024 * GB,
+        host_link=32 * GB, host_memory=1024 * GB,
     ),
     _gpu(
         "a100-80", ("A100", "A800"), 312, hbm=81920 * MIB, hbm_bandwidth=2039 * GB, link=300 * GB, network=25 * GB,
-        host_memory=2048 * GB,
+        host_link=32 * GB, host_memory=2048 * GB,
     ),
     _gpu("h100-pcie", ("H100 PCIe", "H800 PCIe"), 756.5, 1513),
     _gpu("h100-nvl", ("H100 NVL", "H200 NVL"), 835.5, 1671),
     _gpu(
         "h100", ("H100",), 989.5, 1979, hbm=81559 * MIB, hbm_bandwidth=3350 * GB, link=450 * GB, network=50 * GB,
-        host_memory=2048 * GB,
+        host_link=64 * GB, host_memory=2048 * GB,
     ),
     _gpu(
         "h800", ("H800",), 989.5, 1979, hbm=81559 * MIB, hbm_bandwidth=3350 * GB, link=160 * GB, network=50 * GB,
-        host_memory=2048 * GB, source="N, D",
+        host_link=64 * GB, host_memory=2048 * GB, source="N, D",
     ),
     _gpu(
         "h200", ("H200",), 989.5, 1979, hbm=143771 * MIB, hbm_bandwidth=4800 * GB, link=450 * GB, network=50 * GB,
-        host_memory=2048 * GB,
+        host_link=64 * GB, host_memory=2048 * GB,
     ),
     _gpu("gh200", ("GH200",), 989.5, 1979),
     _gpu("h20", ("H20",), 148, 296),
     _gpu(
         "b200", ("B200",), 2250, 4500, hbm=183359 * MIB, hbm_bandwidth=8000 * GB, link=900 * GB, network=50 * GB,
-        host_memory=2048 * GB,
+        host_link=64 * GB, host_memory=2048 * GB,
     ),
     _gpu("gb200", ("GB200",), 2500, 5000),
     _gpu("b300", ("B300",), 2250),

@@ -12,7 +12,7 @@ from marks import needs_8
 from deepseek_jax.layers.expert_parallel import Exchange, parallel_experts
 from deepseek_jax.layers.experts import routed_experts
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
-from deepseek_jax.parallel.exchange import by_expert, plan_runs, send_rows
+from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, send_rows
 from deepseek_jax.parallel.rules import axes_of, sharded_map
 
 S, E, D = 4, 8, 3
@@ -135,3 +135,20 @@ def test_what_finds_no_place_is_left_out_and_counted(exchange):
             expected, _ = jax.jit(partial(run, buffer_factor=None))(x, indices, weights.at[..., 1].set(0), *matrices)
     assert none == 0 and left == pairs - 2.0 * pairs / 4
     np.testing.assert_allclose(some, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide_sums", [False, True])
+def test_devices_add_the_gradients_of_a_gathered_weight(wide_sums):
+    """1 of the first and 2⁻⁹ of the others, which bfloat16 cannot tell from what it holds."""
+
+    def local(w_AD: jax.Array, c_A1: jax.Array) -> jax.Array:
+        whole = gather_weight(w_AD, axes, 0, "bfloat16", wide_sums=wide_sums)
+        return (whole * c_A1.astype(whole.dtype)).sum(keepdims=True)
+
+    c = jnp.asarray([[1.0]] + 7 * [[2.0**-9]])
+    with use_mesh(make_mesh(MeshConfig(data=1, fsdp=8), jax.devices()[:8])):
+        axes, names = axes_of("embed"), ("embed", "none")
+        total = sharded_map(local, (names, names), names)
+        gradient = jax.jit(jax.grad(lambda w: total(w, c).astype(jnp.float32).sum()))(jnp.ones((8, 4)))
+    assert gradient.dtype == jnp.float32
+    assert (np.asarray(gradient) == 1 + 7 * 2.0**-9).all() == wide_sums

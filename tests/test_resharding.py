@@ -61,6 +61,28 @@ def test_same_bits_and_same_next_loss_on_another_mesh(saved, devices, layout):
     assert abs(float(metrics["loss"]) - loss) <= 1e-6 * loss
 
 
+def test_moments_wait_in_the_hosts_memory(saved, tmp_path):
+    """The same step to the bit; a checkpoint goes from either memory to the other."""
+    folder, _, loss = saved
+    mesh, there = make_mesh(MeshConfig(data=1, fsdp=8)), replace(_run(), moments_on="host")
+
+    def moments(state: Any) -> set[str]:
+        return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+
+    with use_mesh(mesh), Store(folder, read_only=True) as store, Store(tmp_path) as other:
+        state, _ = store.restore(abstract_state(there, mesh), step=store.latest_good())
+        assert moments(state) == {"pinned_host"}
+        new, metrics = compile_train_step(there, mesh)(state, place_batch(_batch(there, 1), mesh))
+        assert moments(new) == {"pinned_host"} and float(metrics["loss"]) == loss
+        other.save(2, new)
+        other.wait()
+        back, _ = other.restore(abstract_state(_run(), mesh), step=2)
+        again, _ = store.restore(abstract_state(_run(), mesh), step=store.latest_good())
+        wanted, _ = compile_train_step(_run(), mesh)(again, place_batch(_batch(there, 1), mesh))
+    assert moments(back) == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), jax.device_get(wanted))
+
+
 def test_a_policys_weights_move_to_the_layout_of_its_rollouts():
     """Trained on fsdp × expert, sampled from on expert × tensor: equal checksums, and the tokens of one device."""
     config = micro("v3", num_hidden_layers=2, dtype="float32")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.config import REMATS
+
 _STEPS = ("train", "grpo", "prefill", "decode")
 _SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe")
 _DESCRIPTION = """\
@@ -39,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
         help="sequences of a step over all devices (default: one a shard of the batch)",
     )
     add("--accumulation", type=int, metavar="A", help="pieces in which the batch is worked off")
-    add("--remat", choices=("none", "v3", "full", "offload"), help="what the backward pass recomputes")
+    add("--remat", choices=REMATS, help="what the backward pass recomputes")
     add("--moments", choices=("float32", "bfloat16"), help="dtype of the optimizer's moments")
+    add("--moments-on", choices=("device", "host"), help="whose memory the moments lie in between updates")
     add("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the stored parameters")
     add(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model; may be repeated"
@@ -113,8 +116,8 @@ def _requests(flags: argparse.Namespace) -> list[Any]:
     what = load_config(Path(flags.what)) if flags.what.endswith(".py") else flags.what
     given = {
         name: getattr(flags, name)
-        for name in ("seq", "batch", "accumulation", "step", "remat", "moments", "param_dtype", "schedule", "tokens",
-                     "microbatches", "chunks")
+        for name in ("seq", "batch", "accumulation", "step", "remat", "moments", "moments_on", "param_dtype",
+                     "schedule", "tokens", "microbatches", "chunks")
     }  # fmt: skip
     if flags.search:
         given["batch"] = None  # which divides on one mesh and not on the next

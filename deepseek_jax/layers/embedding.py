@@ -44,7 +44,7 @@ def lookup(table_WD: Array, tokens_BT: Array, dtype: str) -> Array:
 
     def local(table_Wd: Array, tokens_BT: Array) -> Array:
         if joined:  # wide again, since equal tokens' gradients are added up in the dtype of what is looked up
-            table_Wd = gather_weight(table_Wd, joined, 1, dtype).astype(table_Wd.dtype)
+            table_Wd = gather_weight(table_Wd, joined, 1, dtype, wide_sums=True).astype(table_Wd.dtype)
         ids_ABT = lax.all_gather(tokens_BT, width) if width else tokens_BT[None]
         if vocab:
             own_ABT = ids_ABT - lax.axis_index(vocab) * len(table_Wd)

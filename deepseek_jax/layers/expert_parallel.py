@@ -45,6 +45,8 @@ class Exchange:
     that find no place are left out and counted."""
     gather_parts: int = 1
     """Runs in which a device gathers its experts and serves their rows, one after the other."""
+    wide_sums: bool = False
+    """Add up weights' gradients over devices in the dtype that the weights are stored in, not in that of `x_BTD`."""
 
 
 _TOKENS = ("batch", "length", "none")
@@ -78,7 +80,7 @@ def parallel_experts(
         B, T, D = x_BTD.shape
         X = indices.shape[-1]
         x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
-        whole = partial(_gathered, axes=storage, dtype=dtype)
+        whole = partial(_gathered, axes=storage, dtype=dtype, wide_sums=exchange.wide_sums)
         swiglu = partial(_in_parts, exchange.gather_parts, stored, whole)
         if not experts:
             few = few_tokens_experts(x_MD, indices_MX, weights_MX, *whole(stored)) if decoding else None
@@ -100,8 +102,9 @@ def parallel_experts(
     return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
-def _gathered(stored: Sequence[Array], axes: tuple[str, ...], dtype: str) -> Any:
-    return tuple(gather_weight(w, axes, dim, dtype) for w, dim in zip(stored, (1, 1, 2), strict=True))
+def _gathered(stored: Sequence[Array], axes: tuple[str, ...], dtype: str, wide_sums: bool) -> Any:
+    dims = (1, 1, 2)
+    return tuple(gather_weight(w, axes, dim, dtype, wide_sums=wide_sums) for w, dim in zip(stored, dims, strict=True))
 
 
 def _in_parts(parts: int, stored: Sequence[Array], whole: Any, x_PD: Array, sizes_E: Array) -> Array:

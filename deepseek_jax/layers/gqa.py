@@ -1,14 +1,14 @@
 """Grouped-query attention (Ainslie et al. 2023): LLM 7B (where it is multi-head), 67B, DeepSeekMoE, Coder, R1's students."""
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQA, Rope
 from deepseek_jax.layers.cache import LayerCache, cached_attention, remembered
 from deepseek_jax.layers.context import Context, attend
+from deepseek_jax.layers.linear import linear
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
-from deepseek_jax.layers.weights import weight
+from deepseek_jax.layers.weights import for_product, weight
 from deepseek_jax.parallel.rules import shard
 from deepseek_jax.types import Array
 
@@ -20,6 +20,7 @@ class GQAttention(nn.Module):
     rope: Rope
     param_dtype: str
     stddev: float
+    wide_sums: bool = False
 
     @nn.compact
     def __call__(
@@ -33,7 +34,7 @@ class GQAttention(nn.Module):
                 self, f"w_{name}", (D, heads, c.head_dim), ("embed", axis, "head_dim"),
                 dtype=self.param_dtype, stddev=self.stddev,
             )  # fmt: skip
-            out = jnp.einsum("btd,dnh->btnh", x_BTD, w.astype(dtype))
+            out = linear("btd,dnh->btnh", x_BTD, for_product(w, dtype, self.wide_sums))
             if c.qkv_bias:
                 shape, axes = (heads, c.head_dim), (axis, "head_dim")
                 out += weight(self, f"b_{name}", shape, axes, dtype=self.param_dtype, constant=0.0).astype(dtype)
@@ -58,4 +59,5 @@ class GQAttention(nn.Module):
             self, "w_o", (c.num_attention_heads, c.head_dim, D), ("heads", "head_dim", "embed"),
             dtype=self.param_dtype, stddev=self.stddev,
         )  # fmt: skip
-        return shard(jnp.einsum("btnh,nhd->btd", out_BTNH, w_o.astype(dtype)), "batch", "length", "act_embed"), cache
+        out_BTD = linear("btnh,nhd->btd", out_BTNH, for_product(w_o, dtype, self.wide_sums))
+        return shard(out_BTD, "batch", "length", "act_embed"), cache

@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import MLA, Rope
 from deepseek_jax.layers.cache import LayerCache, cached_attention, remembered
 from deepseek_jax.layers.context import Context, attend_latent
+from deepseek_jax.layers.linear import linear
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
-from deepseek_jax.layers.weights import weight
+from deepseek_jax.layers.weights import for_product, weight
 from deepseek_jax.parallel.rules import shard
 from deepseek_jax.types import Array
 
@@ -37,8 +38,8 @@ def mla_expanded(
         q_rope_BTNR: queries, rotated dims.
         c_kv_BTC: normalised key/value latent.
         k_rope_BTR: rotated key, shared by all heads.
-        w_uk_CNP: W^UK, in the compute dtype.
-        w_uv_CNV: W^UV, in the compute dtype.
+        w_uk_CNP: W^UK, as `linear` takes it.
+        w_uv_CNV: W^UV, as `linear` takes it.
         context: masks of the forward pass.
         scale: softmax scale, (P + R)^-0.5 and YaRN's m².
     """
@@ -48,9 +49,9 @@ def mla_expanded(
 
 def _heads(c_kv_BTC: Array, k_rope_BTR: Array, w_uk_CNP: Array, w_uv_CNV: Array) -> tuple[Array, Array]:
     """Keys [B, T, N, P + R] and values [B, T, N, V] of the heads that the weights have."""
-    k_nope_BTNP = jnp.einsum("btc,cnp->btnp", c_kv_BTC, w_uk_CNP)
+    k_nope_BTNP = linear("btc,cnp->btnp", c_kv_BTC, w_uk_CNP)
     k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope_BTNP.shape[:3], k_rope_BTR.shape[-1]))
-    v_BTNV = jnp.einsum("btc,cnv->btnv", c_kv_BTC, w_uv_CNV)
+    v_BTNV = linear("btc,cnv->btnv", c_kv_BTC, w_uv_CNV)
     return jnp.concatenate([k_nope_BTNP, k_rope_BTNR], axis=-1), v_BTNV
 
 
@@ -76,7 +77,7 @@ def mla_absorbed(
     these C + R numbers a token are kept. `latent_B1SL` is such a cache, the new tokens in it; without one, the new tokens
     see one another.
     """
-    q_latent_BTNC = shard(jnp.einsum("btnp,cnp->btnc", q_nope_BTNP, w_uk_CNP), *_HEADS)
+    q_latent_BTNC = shard(linear("btnp,cnp->btnc", q_nope_BTNP, w_uk_CNP), *_HEADS)
     q = jnp.concatenate([q_latent_BTNC, q_rope_BTNR], axis=-1)
     if latent_B1SL is None:
         out_BTNC = attend_latent(q, c_kv_BTC, k_rope_BTR, (), _latent, context, scale)
@@ -85,7 +86,7 @@ def mla_absorbed(
         q = _widened(q, latent_B1SL.shape[-1])
         # The rotated key is weighted along with the latent and cut off: cheaper than values cut out of the cache.
         out_BTNC = cached_attention(q, latent_B1SL, latent_B1SL, context.positions, scale)[..., : c_kv_BTC.shape[-1]]
-    return shard(jnp.einsum("btnc,cnv->btnv", out_BTNC, w_uv_CNV), *_HEADS)
+    return shard(linear("btnc,cnv->btnv", out_BTNC, w_uv_CNV), *_HEADS)
 
 
 def _widened(x: Array, width: int) -> Array:
@@ -102,6 +103,7 @@ class MLAttention(nn.Module):
     param_dtype: str
     stddev: float
     absorbed: bool = False
+    wide_sums: bool = False
 
     @nn.compact
     def __call__(
@@ -114,25 +116,26 @@ class MLAttention(nn.Module):
         )  # fmt: skip
 
         def param(name: str, shape: tuple[int, ...], *axes: str) -> Array:
-            return weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev).astype(dtype)
+            stored = weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev)
+            return for_product(stored, dtype, self.wide_sums)
 
         def latent(x: Array, name: str) -> Array:
             # The down-projection is what V3's recomputation keeps; norm and up-projection are done again (section 3.2.3).
             return checkpoint_name(shard(x, "batch", "length", "none"), name)
 
         if c.q_lora_rank is None:
-            q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, param("w_q", (D, N, P + R), "embed", "heads", "head_dim"))
+            q_BTNH = linear("btd,dnh->btnh", x_BTD, param("w_q", (D, N, P + R), "embed", "heads", "head_dim"))
             q_BTNH = checkpoint_name(q_BTNH, "q")
         else:
             Q = c.q_lora_rank
-            c_q_BTQ = latent(x_BTD @ param("w_dq", (D, Q), "embed", "latent_out"), "c_q")
+            c_q_BTQ = latent(linear("btd,dq->btq", x_BTD, param("w_dq", (D, Q), "embed", "latent_out")), "c_q")
             c_q_BTQ = RMSNorm(self.eps, self.param_dtype, name="q_norm")(c_q_BTQ)
-            q_BTNH = jnp.einsum("btq,qnh->btnh", c_q_BTQ, param("w_uq", (Q, N, P + R), "latent", "heads", "head_dim"))
+            q_BTNH = linear("btq,qnh->btnh", c_q_BTQ, param("w_uq", (Q, N, P + R), "latent", "heads", "head_dim"))
         q_nope, q_rope = jnp.split(shard(q_BTNH, *_HEADS), [P], axis=-1)
 
-        c_kv_BTC = latent(x_BTD @ param("w_dkv", (D, C), "embed", "latent_out"), "c_kv")
+        c_kv_BTC = latent(linear("btd,dc->btc", x_BTD, param("w_dkv", (D, C), "embed", "latent_out")), "c_kv")
         c_kv_BTC = RMSNorm(self.eps, self.param_dtype, name="kv_norm")(c_kv_BTC)
-        k_rope_BTR = latent(x_BTD @ param("w_kr", (D, R), "embed", "latent_out"), "k_rope")
+        k_rope_BTR = latent(linear("btd,dr->btr", x_BTD, param("w_kr", (D, R), "embed", "latent_out")), "k_rope")
 
         q_rope = apply_rope(q_rope, context.cos, context.sin, interleaved=self.rope.interleaved)
         k_rope_BTR = apply_rope(
@@ -152,4 +155,4 @@ class MLAttention(nn.Module):
         else:
             out_BTNV = (mla_absorbed if self.absorbed else mla_expanded)(*parts)
         w_o = param("w_o", (N, V, D), "heads", "head_dim", "embed")
-        return shard(jnp.einsum("btnv,nvd->btd", out_BTNV, w_o), "batch", "length", "act_embed"), cache
+        return shard(linear("btnv,nvd->btd", out_BTNV, w_o), "batch", "length", "act_embed"), cache

@@ -1,24 +1,21 @@
 """SwiGLU feed-forward (Shazeer 2020): down(silu(gate(x)) ∘ up(x)). Dense layers and shared experts."""
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.layers.weights import weight
+from deepseek_jax.layers.linear import linear
+from deepseek_jax.layers.weights import for_product, weight
 from deepseek_jax.parallel.rules import shard
 from deepseek_jax.types import Array
 
 
 def swiglu(x_BTD: Array, w_gate_DF: Array, w_up_DF: Array, w_down_FD: Array) -> Array:
-    """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`; weights are cast to it."""
-    dtype = x_BTD.dtype
-    gate_BTF = shard(jnp.einsum("btd,df->btf", x_BTD, w_gate_DF.astype(dtype)), "batch", "length", "act_ffn")
-    up_BTF = shard(jnp.einsum("btd,df->btf", x_BTD, w_up_DF.astype(dtype)), "batch", "length", "act_ffn")
+    """[B, T, D] -> [B, T, D] in the dtype of `x_BTD`; weights as `linear` takes them."""
+    gate_BTF = shard(linear("btd,df->btf", x_BTD, w_gate_DF), "batch", "length", "act_ffn")
+    up_BTF = shard(linear("btd,df->btf", x_BTD, w_up_DF), "batch", "length", "act_ffn")
     gate_BTF, up_BTF = checkpoint_name(gate_BTF, "ffn_gate"), checkpoint_name(up_BTF, "ffn_up")
-    out_BTD = jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD.astype(dtype))
+    out_BTD = linear("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
     return shard(out_BTD, "batch", "length", "act_embed")
 
 
@@ -28,12 +25,15 @@ class SwiGLU(nn.Module):
     intermediate_size: int
     param_dtype: str
     stddev: float
+    wide_sums: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         D, F = x_BTD.shape[-1], self.intermediate_size
-        kwargs: dict[str, Any] = dict(dtype=self.param_dtype, stddev=self.stddev)
-        w_gate = weight(self, "w_gate", (D, F), ("embed", "ffn"), **kwargs)
-        w_up = weight(self, "w_up", (D, F), ("embed", "ffn"), **kwargs)
-        w_down = weight(self, "w_down", (F, D), ("ffn", "embed"), **kwargs)
-        return swiglu(x_BTD, w_gate, w_up, w_down)
+
+        def param(name: str, shape: tuple[int, int], *axes: str) -> Array:
+            stored = weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev)
+            return for_product(stored, x_BTD.dtype, self.wide_sums)
+
+        w_gate, w_up = (param(name, (D, F), "embed", "ffn") for name in ("w_gate", "w_up"))
+        return swiglu(x_BTD, w_gate, w_up, param("w_down", (F, D), "ffn", "embed"))

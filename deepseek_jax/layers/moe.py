@@ -85,7 +85,8 @@ class MoELayer(nn.Module):
         out, overflow = experts(x_BTD, indices, weights, decoding=context.positions is not None)
         out = shard(out, "batch", "length", "act_embed")
         if c.n_shared_experts:
-            out = out + SwiGLU(c.n_shared_experts * c.moe_intermediate_size, name="shared", **kwargs)(x_BTD)
+            width = c.n_shared_experts * c.moe_intermediate_size
+            out = out + SwiGLU(width, wide_sums=self.exchange.wide_sums, name="shared", **kwargs)(x_BTD)
         stats = RouterStats(
             load=selections(indices, context.valid, c.n_routed_experts, scores.dtype).sum(axis=(0, 1)),
             balance_loss=balance_losses(scores, indices, context.valid, c),

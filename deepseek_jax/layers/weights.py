@@ -34,6 +34,11 @@ def weight(
     return module.param(name, boxed)
 
 
+def for_product(w: Array, dtype: Any, wide_sums: bool) -> Array:
+    """A stored weight for `layers.linear`: in the compute dtype, or as it is, whose gradient is then summed so."""
+    return w if wide_sums else w.astype(dtype)
+
+
 def at_least_float32(*dtypes: str | jnp.dtype) -> jnp.dtype:
     """The dtype for norms, router, softmax and losses: float32, or float64 where the model runs in it."""
     return jnp.result_type(jnp.float32, *(jnp.dtype(dtype) for dtype in dtypes))

@@ -9,8 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import ModelConfig, MoE
 from deepseek_jax.layers.cache import LayerCache
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.linear import linear
 from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.weights import weight
+from deepseek_jax.layers.weights import for_product, weight
 from deepseek_jax.models.block import Block
 from deepseek_jax.types import Array, RouterStats
 
@@ -41,7 +42,9 @@ class MTPModule(nn.Module):
         w_proj = weight(
             self, "w_proj", (2 * D, D), ("embed", "act_embed"), dtype=c.param_dtype, stddev=c.initializer_range
         )
-        x = checkpoint_name(jnp.concatenate([embedded, hidden], axis=-1) @ w_proj.astype(hidden.dtype), "mtp_in")
+        w_proj = for_product(w_proj, hidden.dtype, c.gradient_sum == "float32")
+        joined = linear("bti,id->btd", jnp.concatenate([embedded, hidden], axis=-1), w_proj)
+        x = checkpoint_name(joined, "mtp_in")
         block = Block(c, moe=isinstance(c.ffn, MoE), name="block")
         x, (stats, cache) = block(x, replace(context, valid=valid_BT), cache)
         out = RMSNorm(c.rms_norm_eps, c.param_dtype, name="norm")(x)

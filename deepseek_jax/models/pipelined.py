@@ -54,10 +54,12 @@ def pipelined_stack(
         moe: whether this is the stack of MoE layers.
 
     Raises:
-        ValueError: see `Pipeline.check_layers` and `Pipeline.check_rows`; remat = "offload".
+        ValueError: see `Pipeline.check_layers` and `Pipeline.check_rows`; remat = "offload"; gradient_sum = "float32".
     """
     if config.remat == "offload":
         raise ValueError("remat = 'offload' in a pipeline is not built: take 'full'")
+    if config.gradient_sum == "float32":
+        raise ValueError("ModelConfig.gradient_sum = 'float32' in a pipeline is not built: take 'compute'")
     S, V, L = stages_of_mesh(), pipeline.chunks, config.num_moe_layers if moe else config.num_dense_layers
     pipeline.check_layers(S, L)
     per = -(-L // (S * V))

@@ -188,28 +188,30 @@ def scattered_sum(x: Array, axes: Axes, dim: int) -> Array:
     return x
 
 
-def gather_weight(w: Array, axes: Axes, dim: int, dtype: str) -> Array:
+def gather_weight(w: Array, axes: Axes, dim: int, dtype: str, *, wide_sums: bool = False) -> Array:
     """A shard's part of a weight, cast to `dtype` and joined along `dim` with those of the other shards.
 
-    The gradient is added up over the shards as it comes, and each is left with the sum for its own part, in the dtype of
-    `w`: what travels is `dtype`, never the stored precision.
+    The gradient is added up over the shards as it comes, or, with `wide_sums`, in the dtype of `w`; each is left with the
+    sum for its own part, in the dtype of `w`. What is gathered is `dtype`, never the stored precision.
     """
-    whole: Any = _gather(w, axes, dim, dtype)
+    whole: Any = _gather(w, axes, dim, dtype, wide_sums)
     return whole
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(w: Array, axes: Axes, dim: int, dtype: str) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(w: Array, axes: Axes, dim: int, dtype: str, wide_sums: bool) -> Array:
+    del wide_sums
     w = w.astype(dtype)
     return lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
 
 
-def _gather_fwd(w: Array, axes: Axes, dim: int, dtype: str):
-    return _gather(w, axes, dim, dtype), w[:0]
+def _gather_fwd(w: Array, axes: Axes, dim: int, dtype: str, wide_sums: bool):
+    return _gather(w, axes, dim, dtype, wide_sums), w[:0]
 
 
-def _gather_bwd(axes: Axes, dim: int, dtype: str, like: Array, d: Array):
+def _gather_bwd(axes: Axes, dim: int, dtype: str, wide_sums: bool, like: Array, d: Array):
     del dtype
+    d = d.astype(like.dtype) if wide_sums else d
     return (scattered_sum(d, axes, dim).astype(like.dtype),)
 
 

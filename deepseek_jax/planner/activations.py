@@ -102,10 +102,8 @@ def _attention(request: PlanRequest, of, heads: int) -> list[Tensor]:
 
 
 def saved(request: PlanRequest, tensors: list[Tensor]) -> list[Tensor]:
-    """Those that the forward pass keeps for the backward pass, by `ModelConfig.remat`."""
+    """Those that the forward pass keeps for the backward pass, by `ModelConfig.remat`; where "offload", at the host."""
     remat = request.model.remat
     if remat == "none":
         return [t for t in tensors if t.read]
-    if remat == "offload":
-        return []
     return [t for t in tensors if t.name == "block_in" or (remat == "v3" and t.name in V3_SAVED)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from deepseek_jax.config import MoE
+from deepseek_jax.config import REMATS, MoE
 from deepseek_jax.planner.memory import memory_of
 from deepseek_jax.planner.request import PlanRequest, changed
 from deepseek_jax.planner.shapes import check_divides
@@ -36,11 +36,14 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     run, model = request.run, request.model
     together, names = request, []
     if request.trains:
-        for remat in ("v3", "full"):
-            if model.remat in {"v3": ("none",), "full": ("none", "v3")}[remat]:
+        for remat in REMATS[REMATS.index(model.remat) + 1 :]:
+            if remat != "offload" or run.pipeline is None:
                 other = replace(request, run=changed(run, remat=remat))
                 yield f"--remat {remat}", other
-                together, names = other, [f"--remat {remat}"]
+                if remat != "offload":  # which costs the link to the host
+                    together, names = other, [f"--remat {remat}"]
+        if run.moments_on == "device" and request.step == "train":
+            yield "--moments-on host", replace(request, run=changed(run, moments_on="host"))
         if run.optimizer.moment_dtype == "float32":
             yield "--moments bfloat16", replace(request, run=changed(run, moments="bfloat16"))
             together = replace(together, run=changed(together.run, moments="bfloat16"))

@@ -89,8 +89,15 @@ class Plan:
         return self.hbm_bytes - self.memory.peak
 
     @property
+    def host_headroom(self) -> int:
+        """Bytes left of a device's share of its host's memory."""
+        device = self.request.device
+        assert device.host_memory
+        return int(device.host_memory / device.per_host) - self.memory.host
+
+    @property
     def fits(self) -> bool:
-        return self.headroom >= 0
+        return self.headroom >= 0 and self.host_headroom >= 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -140,6 +147,7 @@ class Plan:
             "analytic_bytes_per_device": self.memory.peak,
             "hbm_bytes": self.hbm_bytes,
             "headroom_bytes": self.headroom,
+            "host_bytes_per_device": self.memory.host,
             "fits": self.fits,
             "peak_phase": self.memory.phase,
             "memory_by_part": self.memory.by_part,

@@ -32,6 +32,7 @@ def make_request(
     step: Step = "train",
     remat: str | None = None,
     moments: str | None = None,
+    moments_on: str | None = None,
     param_dtype: str | None = None,
     mtp: bool = True,
     microbatches: int | None = None,
@@ -77,7 +78,7 @@ def make_request(
     run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)
     if microbatches is not None:
         run = replace(run, pipeline=Pipeline(microbatches=microbatches, chunks=chunks))
-    run = changed(run, remat=remat, moments=moments, mtp=mtp, dtype=param_dtype)
+    run = changed(run, remat=remat, moments=moments, moments_on=moments_on, mtp=mtp, dtype=param_dtype)
     return PlanRequest(run=run, topology=topology, step=step, schedule=schedule, tokens=tokens)
 
 

@@ -25,6 +25,8 @@ class Buffer:
     bytes: int
     phases: tuple[str, ...] = PHASES
     """When it is there."""
+    on_host: bool = False
+    """Whether it lies in the memory of the device's host."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,15 @@ class Memory:
     buffers: tuple[Buffer, ...]
 
     def during(self, phase: str) -> int:
-        return sum(buffer.bytes for buffer in self.buffers if phase in buffer.phases)
+        return sum(buffer.bytes for buffer in self._there(phase))
+
+    def _there(self, phase: str) -> list[Buffer]:
+        return [buffer for buffer in self.buffers if phase in buffer.phases and not buffer.on_host]
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host's memory for this device."""
+        return sum(buffer.bytes for buffer in self.buffers if buffer.on_host)
 
     @property
     def phase(self) -> str:
@@ -49,14 +59,14 @@ class Memory:
     def by_part(self) -> dict[str, int]:
         """Bytes at the peak, by part, most first."""
         found: dict[str, int] = {}
-        for buffer in self.buffers:
-            if self.phase in buffer.phases and buffer.bytes:
+        for buffer in self._there(self.phase):
+            if buffer.bytes:
                 found[buffer.part] = found.get(buffer.part, 0) + buffer.bytes
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def largest(self, count: int = 8) -> list[Buffer]:
         """The largest buffers at the peak."""
-        return sorted((b for b in self.buffers if self.phase in b.phases), key=lambda b: -b.bytes)[:count]
+        return sorted(self._there(self.phase), key=lambda b: -b.bytes)[:count]
 
 
 def memory_of(request: PlanRequest) -> Memory:
@@ -91,8 +101,9 @@ def _training(request: PlanRequest) -> Iterable[Buffer]:
 
     for part, size in all_of(param).items():
         yield Buffer(f"parameters: {part}", "parameters", size)
+    on_host = run.moments_on == "host" and request.step == "train"
     for part, size in all_of(2 * moment).items():
-        yield Buffer(f"moments: {part}", "optimizer", size)
+        yield Buffer(f"moments: {part}", "optimizer", size, on_host=on_host)
     if run.ema_decay is not None and request.step == "train":
         yield Buffer("running mean of the weights", "running mean", sum(all_of(wide).values()))
     if request.step == "grpo":
@@ -143,7 +154,10 @@ def _activations(request: PlanRequest) -> Iterable[Buffer]:
         for tensor in saved(request, layer_tensors(request, moe)):
             part = "saved expert rows" if tensor.expert else "saved activations"
             when = ("forward", "loss", "backward")
-            yield Buffer(f"{tensor.name} of {layers} {name}", part, int(layers * tensor.bytes * ticks), when)
+            size = int(layers * tensor.bytes * ticks)
+            yield Buffer(
+                f"{tensor.name} of {layers} {name}", part, size, when, on_host=request.model.remat == "offload"
+            )
     width = request.model.hidden_size
     yield Buffer("hidden states at the ends", "saved activations", int(3 * tokens * width * item), PHASES[:3])
 

@@ -137,8 +137,9 @@ def run_of(model: ModelConfig, **given) -> RunConfig:
 
 
 def changed(
-    run: RunConfig, *, remat: str | None = None, moments: str | None = None, mtp: bool = True, dtype: str | None = None
-) -> RunConfig:
+    run: RunConfig, *, remat: str | None = None, moments: str | None = None, moments_on: str | None = None,
+    mtp: bool = True, dtype: str | None = None,
+) -> RunConfig:  # fmt: skip
     """`run` with the settings that a plan is asked about."""
     model = run.model
     given = {"remat": remat, "param_dtype": dtype}
@@ -148,7 +149,7 @@ def changed(
     optimizer: AdamW = run.optimizer
     if moments is not None:
         optimizer = replace(optimizer, moment_dtype=moments)
-    return replace(run, model=model, optimizer=optimizer)
+    return replace(run, model=model, optimizer=optimizer, moments_on=moments_on or run.moments_on)
 
 
 def described(request: PlanRequest) -> str:

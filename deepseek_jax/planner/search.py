@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepseek_jax.config import MoE
+from deepseek_jax.config import REMATS, MoE
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.analysis import Plan, analyse
 from deepseek_jax.planner.compiled import Compiled, compile_plan
@@ -59,7 +59,7 @@ def search(
     for request in requests:
         for candidate in candidates(request, batch):
             plan = analyse(candidate, prices)
-            if plan.memory.peak <= MARGIN * plan.hbm_bytes:
+            if plan.memory.peak <= MARGIN * plan.hbm_bytes and plan.host_headroom >= 0:
                 found.append(Found(plan))
             elif nearest is None or plan.memory.peak / plan.hbm_bytes < nearest.memory.peak / nearest.hbm_bytes:
                 nearest = plan
@@ -98,7 +98,7 @@ def candidates(request: PlanRequest, batch: int | None = None) -> Iterator[PlanR
                 sized = replace(run, batch_size=batch, accumulation=batch // (split * rows))
             else:
                 sized = replace(run, batch_size=split * rows, accumulation=1)
-            for remat in ("none", "v3", "full") if request.trains else (request.model.remat,):
+            for remat in REMATS if request.trains else (request.model.remat,):
                 try:
                     yield replace(request, run=changed(sized, remat=remat))
                 except ValueError:

@@ -46,7 +46,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"  mesh      {described(request)}"
     yield f"  batch     {run.batch_size} sequences ({rows}) of {run.seq_len} {what}"
     if request.trains:
-        moments = run.optimizer.moment_dtype
+        moments = run.optimizer.moment_dtype + (" on the host" if run.moments_on == "host" else "")
         yield f"  kept      parameters {model.param_dtype}, moments {moments}, compute {model.dtype}, remat {model.remat}"
     if request.split("expert") > 1:
         factor = model.expert_buffer_factor
@@ -61,6 +61,12 @@ def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:
         f"Memory of a device, by arithmetic: {verdict}: {amount(plan.memory.peak)} of {amount(plan.hbm_bytes)}, "
         f"{'headroom' if plan.fits else 'too much by'} {amount(abs(plan.headroom))}"
     )
+    if plan.memory.host:
+        verdict = "fits" if plan.host_headroom >= 0 else "DOES NOT FIT"
+        yield (
+            f"  at the host: {verdict}: {amount(plan.memory.host)} of a device's share, "
+            f"{amount(plan.memory.host + plan.host_headroom)}"
+        )
     for part, size in plan.memory.by_part.items():
         yield f"  {part:<22}{amount(size):>12}  {'█' * round(40 * size / max(plan.memory.peak, plan.hbm_bytes))}"
     yield f"  at its peak, in the {plan.memory.phase} pass; the largest buffers:"
@@ -108,8 +114,8 @@ def _speed(plan: Plan) -> Iterator[str]:
     )
     yield "Traffic of a device in a step:"
     for one in plan.traffic:
-        axes = " × ".join(one.axes)
-        yield f"  {one.name:<34}{amount(one.bytes):>12}  {seconds(one.seconds):>9}  over {axes} ({one.link})"
+        over = f"over {' × '.join(one.axes)} " if one.axes else ""
+        yield f"  {one.name:<34}{amount(one.bytes):>12}  {seconds(one.seconds):>9}  {over}({one.link})"
     if not plan.traffic:
         yield "  none"
     yield (

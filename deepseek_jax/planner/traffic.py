@@ -16,11 +16,11 @@ from typing import Literal
 
 from deepseek_jax.config import GQA, MoE
 from deepseek_jax.planner.activations import ITEM
-from deepseek_jax.planner.memory import trained
+from deepseek_jax.planner.memory import memory_of, trained
 from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.shapes import Leaf, gathered_axes, leaves, stored, used
 
-Link = Literal["ici", "nvlink", "network"]
+Link = Literal["ici", "nvlink", "network", "host"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,9 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
     for axis in ("slice", "data"):
         n = degrees[axis]
         yield _one(request, f"gradients summed over {axis}", (axis,), 2 * kept * (n - 1) / n)
+    if on_host := memory_of(request).host:  # there and back; both ways at once where the link can
+        assert request.device.host_link
+        yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
     yield from _layers(request, passes=4 if run.model.remat in ("full", "offload") else 3, pieces=pieces)
 
 

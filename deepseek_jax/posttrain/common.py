@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from deepseek_jax.config import require
+from deepseek_jax.config import Remat, require
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.training.config import AdamW
 
@@ -50,7 +50,7 @@ class From:
     """Of the products; None: what a run was trained in, of a published checkpoint bfloat16, on a CPU float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters that are updated."""
-    remat: Literal["none", "v3", "full", "offload"] | None = None
+    remat: Remat | None = None
     """What the backward pass computes anew; None: as `init_from` says."""
     seed: int = 0
     verify_checkpoints: Literal["full", "sampled", "off"] = "full"

@@ -71,6 +71,8 @@ class RunConfig:
     """Documents, or conversations to learn answers from (`dsj.sft` makes the run of these)."""
     optimizer: AdamW = field(default_factory=AdamW)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    moments_on: Literal["device", "host"] = "device"
+    """Whose memory the optimizer's moments lie in between updates; "host" moves them to the device and back once a step."""
     pipeline: Pipeline | None = None
     """How a piece goes through the mesh's stages; None: they only share weights and batch, as `fsdp` does."""
     accumulation: int = 1
@@ -165,6 +167,7 @@ class RunConfig:
             self.profile is None or (bool(re.fullmatch(r"\d+:\d+", self.profile)) and len(self.profile_steps) > 0),
             "profile", 'must be "A:B" with A < B, such as "10:15"',
         )  # fmt: skip
+        check(self.moments_on in ("device", "host"), "moments_on", "must be 'device' or 'host'")
         self._check_batches(check)
         self._check_model(check)
 

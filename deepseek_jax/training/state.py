@@ -1,5 +1,6 @@
 """What a run carries from step to step, made on any mesh with the same values and the same tree."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -74,7 +75,28 @@ def _boxed_state(config: RunConfig, key: Array) -> TrainState:
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """The state as `ShapeDtypeStruct`s, with shardings where a mesh is given. Makes no array."""
     boxed = jax.eval_shape(lambda: _boxed_state(config, jax.random.key(config.seed)))
-    return unbox(boxed) if mesh is None else sharded_shapes(mesh, boxed)
+    if mesh is None:
+        return unbox(boxed)
+    state = sharded_shapes(mesh, boxed)
+    return replace(state, opt_state=jax.tree.map(_on_host, state.opt_state)) if config.moments_on == "host" else state
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A moment's shape in the host's memory; the count of updates stays."""
+    if not leaf.ndim or leaf.sharding is None:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("pinned_host"))
+
+
+def on_device(config: RunConfig, state: TrainState) -> TrainState:
+    """The state with its moments in the device's memory, wherever the run keeps them."""
+    if config.moments_on == "device":
+        return state
+
+    def moved(leaf: Array) -> Array:
+        return jax.device_put(leaf, jax.memory.Space.Device) if leaf.ndim else leaf
+
+    return replace(state, opt_state=jax.tree.map(moved, state.opt_state))
 
 
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:

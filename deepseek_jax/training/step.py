@@ -22,7 +22,7 @@ from deepseek_jax.training.lora import merged
 from deepseek_jax.training.loss import Losses, loss_parts, make_totals
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedule import RATES, rates
-from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.training.state import TrainState, abstract_state, on_device
 from deepseek_jax.types import Array
 
 Batch = dict[str, Array]
@@ -66,6 +66,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
         grads, total, losses = _summed(piece, batch, pieces)
         grads = jax.tree.map(lambda grad: grad.astype(at_least_float32(grad.dtype)), grads)
         grad_norm = optax.tree.norm(grads)
+        state = on_device(config, state)
         ok, guard = judge(config.spike_skip, state.guard, total, grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained: Any = optax.apply_updates(state.trained, updates)
