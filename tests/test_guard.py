@@ -1,6 +1,7 @@
 """Updates that are left out: nothing changes but the count; a run with a bad batch is the run without it."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from deepseek_jax.training import step as step_module
 from deepseek_jax.training.config import AdamW, SpikeSkip
 from deepseek_jax.training.guard import init_guard, judge
 from deepseek_jax.training.loss import loss_parts
+from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedule import MultiStep
 from deepseek_jax.training.state import init_state, new_state
 from deepseek_jax.training.step import make_train_step
@@ -126,3 +128,25 @@ def test_batch_of_another_size_has_more_pieces():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with pytest.raises(ValueError, match="3 sequences.*multiple of batch_size / accumulation = 2"):
         jax.eval_shape(make_train_step(run), state, {"tokens": batch["tokens"][:3]})
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_moments_of_the_host_follow_the_same_rule_or_stay(ok):
+    draw = np.random.default_rng(0)
+    shapes = {"moe_layers": {"w": (3, 4, 5), "scale": (3, 4)}, "head": {"w": (4, 6)}}
+
+    def tree() -> dict:
+        return jax.tree.map(
+            lambda shape: jnp.asarray(draw.standard_normal(shape), jnp.float32), shapes,
+            is_leaf=lambda leaf: isinstance(leaf, tuple),
+        )  # fmt: skip
+
+    params, grads = tree(), tree()
+    here, there = (make_optimizer(AdamW(), lambda step: jnp.float32(0.1), on_host=host) for host in (False, True))
+    _, state = here.update(tree(), here.init(params), params)
+    host = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host) if leaf.ndim else leaf, state)
+    wanted, new = here.update(grads, state, params)
+    updates, after = jax.jit(lambda grads, state: there.update(grads, state, params, ok=jnp.bool_(ok)))(grads, host)
+    new = jax.tree.map(lambda new, old: new if ok or not new.ndim else old, new, state)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), (updates, after), (wanted, new))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after) if leaf.ndim} == {"pinned_host"}

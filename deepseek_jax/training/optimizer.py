@@ -1,4 +1,4 @@
-"""AdamW from optax, with moments stored in a dtype of choice."""
+"""AdamW from optax, with moments stored in a dtype and a memory of choice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.training.config import AdamW
@@ -22,18 +23,22 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_optimizer(config: AdamW, learning_rate: Callable[[Any], Array]) -> optax.GradientTransformation:
+def make_optimizer(
+    config: AdamW, learning_rate: Callable[[Any], Array], *, on_host: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then AdamW with decoupled, masked decay. Gradients are to come in float32 or wider.
 
     Args:
         config: its constants.
         learning_rate: rate of an update from the number of updates before it.
+        on_host: moments come in the host's memory, and go back there. `update` then takes `ok`, bool [], too: where it is
+            False, they stay as they were; counts are the caller's.
     """
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    adam = _stored_as(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config.moment_dtype)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
-            _stored_as(adam, config.moment_dtype),
+            _from_host(adam) if on_host else adam,
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.scale_by_learning_rate(learning_rate),
         ),
@@ -64,3 +69,37 @@ def _stored_as(adam: optax.GradientTransformation, dtype: str) -> optax.Gradient
         return updates, stored(state)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+_STACKS = {"dense_layers", "moe_layers", "mtp"}
+"""Parts of the parameters whose leaves hold a layer in each row."""
+
+
+def _from_host(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`adam` with moments that wait in the host's memory, and come for one layer at a time.
+
+    Fetched as a whole, the compiler would bring them before the backward pass, and save nothing.
+    """
+
+    update_of: Any = adam.update
+
+    def update(grads: Any, state: Any, params: Any = None, *, ok: Array, **_: Any) -> tuple[Any, Any]:
+        def step(part: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Any]]:
+            grads, *old = part
+            mu, nu = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), old)
+            updates, new = update_of(grads, state._replace(mu=mu, nu=nu))
+            kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (new.mu, new.nu), (mu, nu))
+            return updates, jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), kept)
+
+        def stack(part: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Any]]:
+            return lax.scan(lambda _, layer: (None, step(layer)), None, part)[1]
+
+        done = {
+            name: (stack if name in _STACKS else step)((part, state.mu[name], state.nu[name]))
+            for name, part in grads.items()
+        }
+        mu, nu = ({name: moments[i] for name, (_, moments) in done.items()} for i in range(2))
+        new = state._replace(count=optax.safe_increment(state.count), mu=mu, nu=nu)
+        return {name: updates for name, (updates, _) in done.items()}, new
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)  # type: ignore[arg-type]

@@ -88,17 +88,6 @@ def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("pinned_host"))
 
 
-def on_device(config: RunConfig, state: TrainState) -> TrainState:
-    """The state with its moments in the device's memory, wherever the run keeps them."""
-    if config.moments_on == "device":
-        return state
-
-    def moved(leaf: Array) -> Array:
-        return jax.device_put(leaf, jax.memory.Space.Device) if leaf.ndim else leaf
-
-    return replace(state, opt_state=jax.tree.map(moved, state.opt_state))
-
-
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """A fresh state from `config.seed`; on a mesh each leaf is made in its shards."""
     key = jax.random.key(config.seed)

@@ -22,7 +22,7 @@ from deepseek_jax.training.lora import merged
 from deepseek_jax.training.loss import Losses, loss_parts, make_totals
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedule import RATES, rates
-from deepseek_jax.training.state import TrainState, abstract_state, on_device
+from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.types import Array
 
 Batch = dict[str, Array]
@@ -46,7 +46,8 @@ def make_train_step(config: RunConfig) -> TrainStep:
         row = jnp.asarray(rates_UR, wide)[jnp.minimum(update, len(rates_UR) - 1)]
         return dict(zip(RATES, row, strict=True))
 
-    optimizer = make_optimizer(config.optimizer, lambda update: rates_at(update)["learning_rate"])
+    on_host = config.moments_on == "host"
+    optimizer = make_optimizer(config.optimizer, lambda update: rates_at(update)["learning_rate"], on_host=on_host)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def whole(trained: Any) -> Any:
@@ -66,9 +67,12 @@ def make_train_step(config: RunConfig) -> TrainStep:
         grads, total, losses = _summed(piece, batch, pieces)
         grads = jax.tree.map(lambda grad: grad.astype(at_least_float32(grad.dtype)), grads)
         grad_norm = optax.tree.norm(grads)
-        state = on_device(config, state)
         ok, guard = judge(config.spike_skip, state.guard, total, grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained, ok=ok)
+        # Moments at the host are chosen by the update, which has them a layer at a time.
+        opt_state = jax.tree.map(
+            lambda new, old: new if on_host and new.ndim else jnp.where(ok, new, old), opt_state, state.opt_state
+        )
         trained: Any = optax.apply_updates(state.trained, updates)
         params = whole(trained)
         router = state.router
@@ -83,7 +87,9 @@ def make_train_step(config: RunConfig) -> TrainStep:
             guard=guard,
             lora={**state.lora, "adapters": trained} if state.lora else {},
         )
-        new = replace(chosen(ok, new, replace(state, guard=guard)), guard=guard)
+        new = replace(
+            chosen(ok, replace(new, opt_state=()), replace(state, opt_state=())), opt_state=opt_state, guard=guard
+        )
         metrics = {
             "loss": total,
             "loss_main": losses.main,
