@@ -133,7 +133,8 @@ def test_scanned_equals_unrolled_and_remat_equals_none(kind):
     config = micro(kind, dtype="float64", param_dtype="float64")
     function, params = _loss_and_gradient(config)
     expected = jax.jit(function)(params)
-    for fields in ({"scan_layers": False}, {"remat": "full"}, {"remat": "v3"}, {"remat": "offload"}):
+    offload = {"remat": "offload"} if kind == "llm" else {"remat": "v3"}  # no matter of the layer: one kind will do
+    for fields in ({"scan_layers": False}, {"remat": "full"}, offload):
         other, _ = _loss_and_gradient(replace(config, **fields))
         assert_trees_close(jax.jit(other)(params), expected, rtol=1e-11), fields
 
