@@ -7,6 +7,7 @@ Two exchanges of tokens between the shards of the experts, both without a capaci
 - `ring`: all tokens of the shards are gathered, every shard serves the pairs of its own experts, and the sums are reduced
   and scattered. No ragged collective; cheaper where a token's experts lie on most shards, or tokens are few.
 
+Where the experts of several slices are not the same, what crosses slices does so before and after (expert_slices.py).
 Everything is local to one `shard_map`, so the same code runs where the experts are not split at all.
 """
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.layers.expert_slices import across_slices, slices_of_token
 from deepseek_jax.layers.experts import (
     Swiglu,
     few_tokens_experts,
@@ -45,10 +47,18 @@ class Exchange:
     that find no place are left out and counted."""
     gather_parts: int = 1
     """Runs in which a device gathers its experts and serves their rows, one after the other."""
+    across_slices: bool = False
+    """Whether each slice holds experts of its own, not copies of all."""
+    groups: tuple[int, int] = (1, 1)
+    """Of experts, and how many of them a token's experts lie in: what bounds the slices that it goes to."""
+
+    @property
+    def axis(self) -> str:
+        """Logical axis of the experts."""
+        return "expert_of_slice" if self.across_slices else "expert"
 
 
 _TOKENS = ("batch", "length", "none")
-_INWARD, _OUTWARD = ("expert", "expert_embed", "ffn"), ("expert", "ffn", "expert_embed")
 
 
 def parallel_experts(
@@ -71,6 +81,7 @@ def parallel_experts(
         [B, T, D] in the dtype of `x_BTD`, and float32 []: pairs left out, on all devices.
     """
     experts, inner, storage = axes_of("expert"), axes_of("ffn"), axes_of("expert_embed")
+    slices = tuple(axis for axis in axes_of(exchange.axis) if axis not in experts)
     everyone = (*axes_of("batch"), *axes_of("length"))
     dtype, E = x_BTD.dtype.name, w_gate_EDF.shape[0]
 
@@ -80,24 +91,40 @@ def parallel_experts(
         x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
         whole = partial(_gathered, axes=storage, dtype=dtype)
         swiglu = partial(_in_parts, exchange.gather_parts, stored, whole)
-        if not experts:
+        if not experts and not slices:
             few = few_tokens_experts(x_MD, indices_MX, weights_MX, *whole(stored)) if decoding else None
             out_MD = sorted_experts(x_MD, indices_MX, weights_MX, E, swiglu) if few is None else few
             left_out = jnp.zeros((), jnp.float32)
         else:
-            S = lax.axis_size(experts)
-            most = S * B * T * min(X, E // S)
-            factor = exchange.buffer_factor
-            rows = most if factor is None else min(most, 8 * math.ceil(factor * B * T * X / 8))
-            serve = _ragged if exchange.way == "ragged" and not decoding else _ring
-            out_MD, left_out = serve(x_MD, indices_MX, weights_MX, swiglu, E, rows, experts)
+            room = partial(_places, exchange.buffer_factor)
+            serve = _ragged if exchange.way == "ragged" and experts and not decoding else _ring
+            S, L = (lax.axis_size(axes) if axes else 1 for axes in (experts, slices))
+            here = E // L  # experts of this slice
+            rows = room(B * T * X, L * S * B * T * min(X, here // S))
+            within = partial(serve, swiglu=swiglu, E=here, rows=rows, axes=experts)
+            if slices:
+                each = slices_of_token(exchange.groups, X, L)
+                arrivals = room(B * T * each, L * B * T)
+                pairs = room(B * T * X, arrivals * min(X, here))
+                out_MD, left_out = across_slices(
+                    x_MD, indices_MX, weights_MX, E, min(B * T * min(X, L), arrivals), arrivals, slices,
+                    partial(within, pairs=pairs),
+                )  # fmt: skip
+            else:
+                out_MD, left_out = within(x_MD, indices_MX, weights_MX)
         if inner:  # every device has summed over its part of F
             out_MD = lax.psum(out_MD, inner)
         return out_MD.reshape(B, T, D), lax.psum(left_out, everyone) if everyone else left_out
 
-    in_names = (_TOKENS, _TOKENS, _TOKENS, _INWARD, _INWARD, _OUTWARD)
+    inward, outward = (exchange.axis, "expert_embed", "ffn"), (exchange.axis, "ffn", "expert_embed")
+    in_names = (_TOKENS, _TOKENS, _TOKENS, inward, inward, outward)
     mapped = sharded_map(local, in_names, (_TOKENS, ()))
     return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
+
+
+def _places(factor: float | None, even: int, most: int) -> int:
+    """Of `most` that can come, those that there is room for: `factor` times an even share, in eights."""
+    return most if factor is None else min(most, 8 * math.ceil(factor * even / 8))
 
 
 def _gathered(stored: Sequence[Array], axes: tuple[str, ...], dtype: str) -> Any:
@@ -128,33 +155,46 @@ def _in_parts(parts: int, stored: Sequence[Array], whole: Any, x_PD: Array, size
 
 
 def _ragged(
-    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple
-) -> tuple[Array, Array]:
+    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple,
+    pairs: int | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`pairs`: places for what is sent, where most of the indices may be E, which is no expert; None: all are experts."""
     me, S = lax.axis_index(axes), lax.axis_size(axes)
     M, X = indices_MX.shape
     order_P, place_MX, counts_E = sort_pairs(indices_MX, E)
-    counts_SE = lax.all_gather(counts_E, axes)
-    runs, kept_SE = plan_runs(counts_SE, rows)
+    if pairs is None:
+        sent_E, x_PD = counts_E, gather_rows(x_MD, order_P // X, place_MX)
+    else:
+        order_P = order_P[:pairs]
+        sent_E, x_PD = jnp.diff(jnp.minimum(jnp.cumsum(counts_E), pairs), prepend=0), x_MD[order_P // X]
+    runs, kept_SE = plan_runs(lax.all_gather(sent_E, axes), rows)
     mine_SE = lax.dynamic_slice_in_dim(kept_SE, me * (E // S), E // S, axis=1)
     source_R, place_R = by_expert(mine_SE, rows)
 
-    x_PD = gather_rows(x_MD, order_P // X, place_MX)
     x_RD = send_rows(x_PD, runs, rows, axes)
     x_RD = checkpoint_name(gather_rows(x_RD, source_R, place_R[:, None]), "expert_in")
     out_RD = checkpoint_name(swiglu(x_RD, mine_SE.sum(axis=0)), "expert_out")
     out_RD = gather_rows(out_RD, place_R, source_R[:, None])
-    out_PD = send_rows(out_RD, runs.back(), M * X, axes)
-    out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
-    out_MD = jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
-    return out_MD, (counts_SE[me] - kept_SE[me]).sum().astype(jnp.float32)
+    out_PD = send_rows(out_RD, runs.back(), len(order_P), axes)
+    if pairs is None:
+        out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
+        out_MD = jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX)
+    else:
+        out_MD = _weighed_sums(out_PD, order_P, sent_E.sum(), weights_MX)
+    return out_MD.astype(x_MD.dtype), (counts_E.sum() - kept_SE[me].sum()).astype(jnp.float32)
 
 
 def _ring(
-    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple
-) -> tuple[Array, Array]:
-    me, S = lax.axis_index(axes), lax.axis_size(axes)
+    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple,
+    pairs: int | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """See `_ragged`; here pairs are sorted once they have come. Over no axes all of them are here."""
+    del pairs
+    me, S = (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
     X = indices_MX.shape[1]
-    x_AD, indices_AX, weights_AX = (lax.all_gather(a, axes, tiled=True) for a in (x_MD, indices_MX, weights_MX))
+    x_AD, indices_AX, weights_AX = (
+        lax.all_gather(a, axes, tiled=True) if axes else a for a in (x_MD, indices_MX, weights_MX)
+    )
     own = indices_AX - me * (E // S)
     own = jnp.where((own >= 0) & (own < E // S), own, E // S)  # experts of other shards come last
     order_P, _, counts_E = sort_pairs(own, E // S + 1)
@@ -163,9 +203,14 @@ def _ring(
     pair_R = order_P[:rows]
     x_RD = checkpoint_name(x_AD[pair_R // X], "expert_in")
     out_RD = checkpoint_name(swiglu(x_RD, sizes_E), "expert_out")
-    served = jnp.arange(rows) < ends_E[-1]
-    weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
-    weighed_RD = out_RD.astype(weight_R.dtype) * weight_R[:, None]
-    out_AD = jax.ops.segment_sum(weighed_RD, pair_R // X, num_segments=len(x_AD))
+    out_AD = _weighed_sums(out_RD, pair_R, ends_E[-1], weights_AX)
     out_MD = scattered_sum(out_AD.astype(x_MD.dtype), axes, 0)
     return out_MD, (counts_E[:-1].sum() - ends_E[-1]).astype(jnp.float32)
+
+
+def _weighed_sums(out_PD: Array, pair_P: Array, count: Array, weights_MX: Array) -> Array:
+    """Σ over each token's pairs of weight · result, [M, D] in the dtype of the weights: of the first `count` of the P."""
+    there = jnp.arange(len(pair_P)) < count
+    weight_P = jnp.where(there, weights_MX.reshape(-1)[pair_P], 0)
+    weighed_PD = out_PD.astype(weight_P.dtype) * weight_P[:, None]
+    return jax.ops.segment_sum(weighed_PD, pair_P // weights_MX.shape[1], num_segments=len(weights_MX))

@@ -12,22 +12,28 @@ from deepseek_jax.kernels.grouped_matmul import grouped_matmul
 from deepseek_jax.types import Array
 
 
-@jax.custom_vjp
-def gather_rows(x_MD: Array, source_P: Array, place_MX: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gather_rows(x_MD: Array, source_P: Array, place_MX: Array, missing: bool = False) -> Array:
     """x[source], [P, D]. `place_MX` says where the X copies of each row went: gathers both ways, no scatter-add.
+
+    `missing`: a source past the last row is a row of zeros, a place past the last one is none; without it there are no such.
 
     A scatter-add would be slower on every device and, on a GPU, add in an order that changes from run to run.
     """
-    return x_MD[source_P]
+    return _rows(x_MD, source_P, missing)
 
 
-def _gather_fwd(x_MD: Array, source_P: Array, place_MX: Array):
-    return x_MD[source_P], place_MX
+def _rows(x_MD: Array, index: Array, missing: bool) -> Array:
+    return x_MD.at[index].get(mode="fill", fill_value=0) if missing else x_MD[index]
 
 
-def _gather_bwd(place_MX: Array, d_PD: Array):
+def _gather_fwd(x_MD: Array, source_P: Array, place_MX: Array, missing: bool):
+    return _rows(x_MD, source_P, missing), place_MX
+
+
+def _gather_bwd(missing: bool, place_MX: Array, d_PD: Array):
     wide = jnp.promote_types(d_PD.dtype, jnp.float32)
-    return d_PD[place_MX].sum(axis=1, dtype=wide).astype(d_PD.dtype), None, None
+    return _rows(d_PD, place_MX, missing).sum(axis=1, dtype=wide).astype(d_PD.dtype), None, None
 
 
 gather_rows.defvjp(_gather_fwd, _gather_bwd)
