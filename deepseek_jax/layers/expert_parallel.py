@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.config import ModelConfig, MoE
 from deepseek_jax.layers.expert_slices import across_slices, slices_of_token
 from deepseek_jax.layers.experts import (
     Swiglu,
@@ -38,7 +39,7 @@ from deepseek_jax.types import Array
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """How the ambient mesh serves routed experts; the fields `expert_…` of `ModelConfig`."""
+    """How a mesh serves routed experts; the fields `expert_…` of `ModelConfig`."""
 
     way: Literal["ragged", "ring"] = "ragged"
     """How tokens get to their experts."""
@@ -52,10 +53,56 @@ class Exchange:
     groups: tuple[int, int] = (1, 1)
     """Of experts, and how many of them a token's experts lie in: what bounds the slices that it goes to."""
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Exchange":
+        """The one that a model asks for."""
+        return cls(
+            way=config.expert_exchange, buffer_factor=config.expert_buffer_factor, gather_parts=config.expert_gather_parts,
+            across_slices=config.expert_across_slices,
+            groups=(config.ffn.n_group, config.ffn.topk_group) if isinstance(config.ffn, MoE) else (1, 1),
+        )  # fmt: skip
+
     @property
     def axis(self) -> str:
         """Logical axis of the experts."""
         return "expert_of_slice" if self.across_slices else "expert"
+
+    def places(self, tokens: int, chosen: int, experts: int, shards: int, slices: int) -> "Places":
+        """Sizes of a device's buffers.
+
+        Args:
+            tokens: of a device.
+            chosen: experts of a token.
+            experts: of all slices.
+            shards: of a slice's experts.
+            slices: that hold experts of their own; 1 where each holds all.
+        """
+
+        def places(even: int, most: int) -> int:
+            return most if self.buffer_factor is None else min(most, 8 * math.ceil(self.buffer_factor * even / 8))
+
+        here = experts // slices
+        arrivals = places(tokens * slices_of_token(self.groups, chosen, slices), tokens * slices)
+        return Places(
+            departures=min(tokens * min(chosen, slices), arrivals),
+            arrivals=arrivals,
+            pairs=places(tokens * chosen, arrivals * min(chosen, here)),
+            rows=places(tokens * chosen, tokens * slices * shards * min(chosen, here // shards)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Places of a device's buffers, in rows."""
+
+    departures: int
+    """For (token, slice) on the way to the slices."""
+    arrivals: int
+    """For tokens that come from the slices."""
+    pairs: int
+    """For their token-expert pairs, on the way to the shards of the slice's experts."""
+    rows: int
+    """For pairs of the device's own experts."""
 
 
 _TOKENS = ("batch", "length", "none")
@@ -96,19 +143,14 @@ def parallel_experts(
             out_MD = sorted_experts(x_MD, indices_MX, weights_MX, E, swiglu) if few is None else few
             left_out = jnp.zeros((), jnp.float32)
         else:
-            room = partial(_places, exchange.buffer_factor)
             serve = _ragged if exchange.way == "ragged" and experts and not decoding else _ring
             S, L = (lax.axis_size(axes) if axes else 1 for axes in (experts, slices))
-            here = E // L  # experts of this slice
-            rows = room(B * T * X, L * S * B * T * min(X, here // S))
-            within = partial(serve, swiglu=swiglu, E=here, rows=rows, axes=experts)
+            places = exchange.places(B * T, X, E, S, L)
+            within = partial(serve, swiglu=swiglu, E=E // L, rows=places.rows, axes=experts)
             if slices:
-                each = slices_of_token(exchange.groups, X, L)
-                arrivals = room(B * T * each, L * B * T)
-                pairs = room(B * T * X, arrivals * min(X, here))
                 out_MD, left_out = across_slices(
-                    x_MD, indices_MX, weights_MX, E, min(B * T * min(X, L), arrivals), arrivals, slices,
-                    partial(within, pairs=pairs),
+                    x_MD, indices_MX, weights_MX, E, places.departures, places.arrivals, slices,
+                    partial(within, pairs=places.pairs),
                 )  # fmt: skip
             else:
                 out_MD, left_out = within(x_MD, indices_MX, weights_MX)
@@ -120,11 +162,6 @@ def parallel_experts(
     in_names = (_TOKENS, _TOKENS, _TOKENS, inward, inward, outward)
     mapped = sharded_map(local, in_names, (_TOKENS, ()))
     return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
-
-
-def _places(factor: float | None, even: int, most: int) -> int:
-    """Of `most` that can come, those that there is room for: `factor` times an even share, in eights."""
-    return most if factor is None else min(most, 8 * math.ceil(factor * even / 8))
 
 
 def _gathered(stored: Sequence[Array], axes: tuple[str, ...], dtype: str) -> Any:

@@ -84,7 +84,8 @@ def across_slices(
     me, L = lax.axis_index(axes), lax.axis_size(axes)
     M, X = indices_MX.shape
     each = experts // L
-    indices_LMX, weights_LMX = lax.all_gather(indices_MX, axes), lax.all_gather(weights_MX, axes)
+    indices_LMX = checkpoint_name(lax.all_gather(indices_MX, axes), "routing")
+    weights_LMX = lax.all_gather(weights_MX, axes)
     runs, kept_LML = plan_slices(indices_LMX, experts, places, rows)
 
     # Sender: (token, slice) in order of the slices. What does not travel comes last, or is overwritten with nothing.

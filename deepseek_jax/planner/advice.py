@@ -51,7 +51,7 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         if (less := _fewer_rows(together)) is not None:
             together = less[1]
             names.append(less[0])
-    if request.split("expert") > 1 and model.expert_buffer_factor is None:
+    if request.split(request.exchange.axis) > 1 and model.expert_buffer_factor is None:
         bounded = replace(model, expert_buffer_factor=1.5)
         yield "--set expert_buffer_factor=1.5", replace(request, run=replace(run, model=bounded))
         bounded = replace(together.model, expert_buffer_factor=1.5)
