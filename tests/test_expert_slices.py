@@ -12,6 +12,7 @@ import pytest
 from helpers import micro
 from marks import needs_8, study
 
+import deepseek_jax as dsj
 from deepseek_jax.config import MoE
 from deepseek_jax.layers.expert_parallel import Exchange, parallel_experts
 from deepseek_jax.layers.expert_slices import plan_slices, slices_of_token
@@ -92,6 +93,18 @@ def test_values_and_gradients_equal_one_device(way, layout, groups, parts, facto
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [{"slice": 2, "expert": 2}, {"slice": 4, "expert": 1}])
+def test_decoding_gives_the_same_sums(layout):
+    x, indices, *rest, _ = draw(4, (4, 2))
+    x, indices, weights, *matrices = x[:, :1], indices[:, :1], rest[0][:, :1], *rest[1:]
+    run = partial(parallel_experts, exchange=Exchange(across_slices=True, groups=(4, 2)), decoding=True)
+    with use_mesh(make_mesh(MeshConfig(data=1, **layout), jax.devices()[:4])):
+        out, left = jax.jit(run)(x, indices, weights, *matrices)
+    assert left == 0
+    wanted = routed_experts(x[:, 0], indices[:, 0], weights[:, 0], *matrices)
+    np.testing.assert_allclose(out[:, 0], wanted, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("way", ["ragged", "ring"])
 def test_what_finds_no_place_is_left_out_and_counted(way):
     """All tokens to the four experts of the first of four devices: it has places for a quarter of the pairs."""
@@ -128,7 +141,7 @@ def test_no_more_rows_cross_slices_than_tokens_may_go_to():
     mesh = make_mesh(MeshConfig(data=1, slice=slices, expert=2), jax.devices()[:8])
     with use_mesh(mesh):
         x = jax.device_put(x, named_sharding(mesh, ("batch", "length", "none"), x.shape))
-        text = jax.jit(jax.grad(loss, range(5))).lower(x, *rest).compile().as_text()
+        text = jax.jit(jax.grad(loss, range(5))).lower(x, *rest).compile().as_text() or ""
     collective = r"= (.*?) (?:all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
     over_slices = r".*replica_groups=(?:\{\{0,2,4,6\},\{1,3,5,7\}\}|\[2,4\]<=\[4,2\]T\(1,0\))"
     rows, others = [], []
@@ -143,9 +156,45 @@ def test_no_more_rows_cross_slices_than_tokens_may_go_to():
     assert max(others) <= slices * M * X
 
 
+def test_one_slice_costs_nothing():
+    x, indices, *rest, _ = draw(5, (4, 2))
+    with use_mesh(make_mesh(MeshConfig(data=1, fsdp=2, expert=2), jax.devices()[:4])):
+        plain, across = (
+            str(jax.make_jaxpr(partial(parallel_experts, exchange=exchange, decoding=False))(x, indices, *rest))
+            for exchange in (Exchange(), Exchange(across_slices=True, groups=(4, 2)))
+        )
+    assert re.sub(r"0x\w+", "", plain) == re.sub(r"0x\w+", "", across)
+
+
 def test_a_mesh_that_does_not_divide_the_experts_is_refused():
     config = micro("v3", expert_across_slices=True)
     mesh = make_mesh(MeshConfig(data=1, slice=8, expert=1), jax.devices()[:8])
     experts = replace(config.ffn, n_routed_experts=12, n_group=3, topk_group=2, num_experts_per_tok=2)
     with pytest.raises(ValueError, match=r"experts.*expert_of_slice' of 12 is not divisible by slice = 8; choose"):
         tree_shardings(mesh, abstract_variables(replace(config, ffn=experts)))
+
+
+def test_a_plan_counts_the_slices():
+    """Each slice stores its part; a token crosses to `topk_group` slices at most, and gradients of experts to none."""
+
+    def of(*fields: str):
+        mesh, whole = "slice=4,fsdp=64,expert=8", ("expert_buffer_factor=1.5", *fields)
+        return dsj.plan("deepseek-v3", "v5p:8x8x8", mesh, remat="full", moments="bfloat16", slices=4, fields=whole)
+
+    def kept(plan) -> int:
+        return next(b.bytes for b in plan.memory.buffers if b.name == "parameters: experts")
+
+    def over_network(plan) -> dict[str, float]:
+        return {c.name: c.bytes for c in plan.traffic if c.link == "network"}
+
+    copies, own = of(), of("expert_across_slices=True")
+    assert kept(own) == kept(copies) / 4 and own.memory.peak < copies.memory.peak
+    assert set(over_network(copies)) == {"gradients summed over slice"}
+    assert over_network(own)["gradients summed over slice"] < over_network(copies)["gradients summed over slice"] / 4
+    # 58 layers and the module; out and back, both again for the gradients, once more for the recomputation. Four of eight
+    # groups, which lie by two in each of four slices, and a quarter of what is sent stays. Routes: numbers, weights, gradients.
+    tokens, visits, remote = 59 * 4096, 4, 3 / 4
+    sent = tokens * 7168 * 2 * visits * remote * 5
+    assert over_network(own)["tokens to slices and back"] == sent + tokens * 8 * 3 * 16
+    assert next(c for c in own.traffic if c.name == "tokens to experts and back").link == "ici"
+    assert "each of 4 slices its own" in str(own)

@@ -332,29 +332,3 @@ def test_exchanges_of_experts():
     assert any("expert_buffer_factor" in change.what for change in changes(whole.request))
     moved = [next(c.bytes for c in plan.traffic if "experts" in c.name) for plan in (bounded, ring)]
     assert moved[0] == pytest.approx(moved[1]), "eight experts a token over eight shards: as many rows either way"
-
-
-def test_experts_of_several_slices():
-    """Each slice stores its part; a token crosses to `topk_group` slices at most, and gradients of experts to none."""
-
-    def of(*fields: str):
-        mesh, whole = "slice=4,fsdp=64,expert=8", ("expert_buffer_factor=1.5", *fields)
-        return dsj.plan("deepseek-v3", "v5p:8x8x8", mesh, remat="full", moments="bfloat16", slices=4, fields=whole)
-
-    def kept(plan) -> int:
-        return next(b.bytes for b in plan.memory.buffers if b.name == "parameters: experts")
-
-    def over_network(plan) -> dict[str, float]:
-        return {c.name: c.bytes for c in plan.traffic if c.link == "network"}
-
-    copies, own = of(), of("expert_across_slices=True")
-    assert kept(own) == kept(copies) / 4 and own.memory.peak < copies.memory.peak
-    assert set(over_network(copies)) == {"gradients summed over slice"}
-    assert over_network(own)["gradients summed over slice"] < over_network(copies)["gradients summed over slice"] / 4
-    # 58 layers and the module; out and back, both again for the gradients, once more for the recomputation. Four of eight
-    # groups, which lie by two in each of four slices, and a quarter of what is sent stays. Routes: numbers, weights, gradients.
-    tokens, visits, remote = 59 * 4096, 4, 3 / 4
-    sent = tokens * 7168 * 2 * visits * remote * 5
-    assert over_network(own)["tokens to slices and back"] == sent + tokens * 8 * 3 * 16
-    assert next(c for c in own.traffic if c.name == "tokens to experts and back").link == "ici"
-    assert "each of 4 slices its own" in str(own)

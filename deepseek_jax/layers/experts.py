@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from deepseek_jax.kernels.grouped_matmul import grouped_matmul
 from deepseek_jax.types import Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gather_rows(x_MD: Array, source_P: Array, place_MX: Array, missing: bool = False) -> Array:
     """x[source], [P, D]. `place_MX` says where the X copies of each row went: gathers both ways, no scatter-add.
 
@@ -20,6 +20,12 @@ def gather_rows(x_MD: Array, source_P: Array, place_MX: Array, missing: bool = F
 
     A scatter-add would be slower on every device and, on a GPU, add in an order that changes from run to run.
     """
+    rows: Any = _gather(x_MD, source_P, place_MX, missing)
+    return rows
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather(x_MD: Array, source_P: Array, place_MX: Array, missing: bool) -> Array:
     return _rows(x_MD, source_P, missing)
 
 
@@ -36,7 +42,7 @@ def _gather_bwd(missing: bool, place_MX: Array, d_PD: Array):
     return _rows(d_PD, place_MX, missing).sum(axis=1, dtype=wide).astype(d_PD.dtype), None, None
 
 
-gather_rows.defvjp(_gather_fwd, _gather_bwd)
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 Swiglu = Callable[[Array, Array], Array]
