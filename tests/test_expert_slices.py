@@ -21,6 +21,7 @@ from deepseek_jax.layers.router import select_experts
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.parallel.rules import named_sharding, tree_shardings
+from deepseek_jax.planner.advice import changes
 
 B, T, D, F, E, X = 8, 8, 16, 8, 16, 4
 
@@ -189,6 +190,7 @@ def test_a_plan_counts_the_slices():
 
     copies, own = of(), of("expert_across_slices=True")
     assert kept(own) == kept(copies) / 4 and own.memory.peak < copies.memory.peak
+    assert "--set expert_across_slices=True" in [change.what for change in changes(copies.request)]
     assert set(over_network(copies)) == {"gradients summed over slice"}
     assert over_network(own)["gradients summed over slice"] < over_network(copies)["gradients summed over slice"] / 4
     # 58 layers and the module; out and back, both again for the gradients, once more for the recomputation. Four of eight

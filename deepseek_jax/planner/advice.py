@@ -59,6 +59,10 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         names.append("--set expert_buffer_factor=1.5")
     if len(names) > 1:
         yield " ".join(names), together
+    if isinstance(model.ffn, MoE) and request.degrees["slice"] > 1 and not model.expert_across_slices:
+        other = _maybe(request, run=replace(run, model=replace(model, expert_across_slices=True)))
+        if other is not None:
+            yield "--set expert_across_slices=True", other
     yield from _more_experts(request)
     if run.mesh.fsdp != -1:
         shape = list(request.topology.shape)
