@@ -31,6 +31,7 @@ from deepseek_jax.layers.experts import (
     grouped_swiglu,
     sort_pairs,
     sorted_experts,
+    weighed_sums,
 )
 from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, scattered_sum, send_rows
 from deepseek_jax.parallel.rules import axes_of, sharded_map
@@ -199,25 +200,25 @@ def _ragged(
     me, S = lax.axis_index(axes), lax.axis_size(axes)
     M, X = indices_MX.shape
     order_P, place_MX, counts_E = sort_pairs(indices_MX, E)
-    if pairs is None:
-        sent_E, x_PD = counts_E, gather_rows(x_MD, order_P // X, place_MX)
-    else:
+    sent_E = counts_E
+    if pairs is not None:
         order_P = order_P[:pairs]
-        sent_E, x_PD = jnp.diff(jnp.minimum(jnp.cumsum(counts_E), pairs), prepend=0), x_MD[order_P // X]
+        sent_E = jnp.diff(jnp.minimum(jnp.cumsum(counts_E), pairs), prepend=0)
     runs, kept_SE = plan_runs(lax.all_gather(sent_E, axes), rows)
     mine_SE = lax.dynamic_slice_in_dim(kept_SE, me * (E // S), E // S, axis=1)
     source_R, place_R = by_expert(mine_SE, rows)
 
+    x_PD = gather_rows(x_MD, order_P // X, place_MX, pairs is not None)
     x_RD = send_rows(x_PD, runs, rows, axes)
     x_RD = checkpoint_name(gather_rows(x_RD, source_R, place_R[:, None]), "expert_in")
     out_RD = checkpoint_name(swiglu(x_RD, mine_SE.sum(axis=0)), "expert_out")
     out_RD = gather_rows(out_RD, place_R, source_R[:, None])
     out_PD = send_rows(out_RD, runs.back(), len(order_P), axes)
-    if pairs is None:
+    if pairs is not None:
+        out_MD = weighed_sums(out_PD, weights_MX, order_P, place_MX)
+    else:
         out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
         out_MD = jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX)
-    else:
-        out_MD = _weighed_sums(out_PD, order_P, sent_E.sum(), weights_MX)
     return out_MD.astype(x_MD.dtype), (counts_E.sum() - kept_SE[me].sum()).astype(jnp.float32)
 
 
@@ -240,14 +241,9 @@ def _ring(
     pair_R = order_P[:rows]
     x_RD = checkpoint_name(x_AD[pair_R // X], "expert_in")
     out_RD = checkpoint_name(swiglu(x_RD, sizes_E), "expert_out")
-    out_AD = _weighed_sums(out_RD, pair_R, ends_E[-1], weights_AX)
+    served = jnp.arange(len(pair_R)) < ends_E[-1]
+    weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
+    weighed_RD = out_RD.astype(weight_R.dtype) * weight_R[:, None]
+    out_AD = jax.ops.segment_sum(weighed_RD, pair_R // X, num_segments=len(x_AD))
     out_MD = scattered_sum(out_AD.astype(x_MD.dtype), axes, 0)
     return out_MD, (counts_E[:-1].sum() - ends_E[-1]).astype(jnp.float32)
-
-
-def _weighed_sums(out_PD: Array, pair_P: Array, count: Array, weights_MX: Array) -> Array:
-    """Σ over each token's pairs of weight · result, [M, D] in the dtype of the weights: of the first `count` of the P."""
-    there = jnp.arange(len(pair_P)) < count
-    weight_P = jnp.where(there, weights_MX.reshape(-1)[pair_P], 0)
-    weighed_PD = out_PD.astype(weight_P.dtype) * weight_P[:, None]
-    return jax.ops.segment_sum(weighed_PD, pair_P // weights_MX.shape[1], num_segments=len(weights_MX))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.layers.experts import gather_rows, sort_pairs
+from deepseek_jax.layers.experts import gather_rows, sort_pairs, weighed_sums
 from deepseek_jax.parallel.exchange import Runs, plan_runs, send_rows
 from deepseek_jax.types import Array
 
@@ -88,13 +88,13 @@ def across_slices(
     weights_LMX = lax.all_gather(weights_MX, axes)
     runs, kept_LML = plan_slices(indices_LMX, experts, places, rows)
 
-    # Sender: (token, slice) in order of the slices. What does not travel comes last, or is overwritten with nothing.
+    # Sender: (token, slice) in order of the slices, those that are none last.
     slice_MX = indices_MX // each
     target_L = jnp.arange(L)
     pairs_ML = (slice_MX[..., None] == target_L).sum(axis=1)
     order_P, place_ML, _ = sort_pairs(jnp.where(pairs_ML > 0, target_L, L), L)
     order_P = order_P[:places]
-    x_PD = gather_rows(x_MD, order_P // L, place_ML, places < M * L)
+    x_PD = gather_rows(x_MD, order_P // L, place_ML, True)
     x_RD = send_rows(x_PD, runs, rows, axes)
 
     # Receiver: rows lie by sender, then in order of its tokens.
@@ -106,6 +106,6 @@ def across_slices(
     out_RD, left_out = within(x_RD, jnp.where(mine_RX, own_RX, each), weights_RX)
 
     out_PD = send_rows(out_RD, runs.back(), places, axes)
-    out_MLD = gather_rows(out_PD, place_ML.reshape(-1), order_P[:, None], places < M * L).reshape(M, L, -1)
+    out_MD = weighed_sums(out_PD, jnp.ones((M, L), weights_MX.dtype), order_P, place_ML)
     lost = jnp.where(kept_LML[me], 0, pairs_ML).sum().astype(jnp.float32)
-    return out_MLD.sum(axis=1, dtype=weights_MX.dtype).astype(x_MD.dtype), left_out + lost
+    return out_MD, left_out + lost

@@ -60,11 +60,11 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
     rows, arrivals = places.rows, places.arrivals
     pairs = places.pairs if slices > 1 else tokens * ffn.num_experts_per_tok
     found += [of("router_logits", E, 4), of("router_scores", E, 4)]
-    if slices > 1:  # sent, received, the sums of the slice, and all the way back
+    if slices > 1:  # sent, received, added up, sent back, added up
         found += [of("slice_sent", D, rows=places.departures, expert=True, read=False)]
         found += [of("slice_received", D, rows=arrivals, expert=True, read=False)]
         found += [of("slice_sums", D, max(item, 4), rows=arrivals, expert=True, read=False)]
-        found += [of("slice_back", D * slices, expert=True, read=False)]
+        found += [of("slice_back", D, max(item, 4), expert=True, read=False)]
     if shards > 1 and model.expert_exchange == "ring":
         found += [
             of(name, shards * D, rows=arrivals if slices > 1 else tokens, expert=True, read=False)
