@@ -258,6 +258,9 @@ class ModelConfig:
     expert_exchange: Literal["ragged", "ring"] = "ragged"
     """How tokens get to experts that a mesh splits: a ragged all-to-all, or gathered and reduced by all that hold some, which
     was the faster on two GPUs (docs/benchmarks.md)."""
+    expert_across_slices: bool = False
+    """Split experts over a mesh's slices too, in place of a copy of all in each. A token crosses to each slice that holds some
+    of its own once: at most `MoE.topk_group` slices, where the groups lie each within one (V3, section 2.1.2)."""
     expert_buffer_factor: float | None = None
     """Places of a shard for the token-expert pairs it receives, over its even share; None: room for all that can come.
     Pairs that find no place are left out, counted and logged as `overflow`."""

@@ -37,9 +37,11 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "expert × context × tensor": ({"expert": 2, "context": 2, "tensor": 2}, {}),
     "expert × context": ({"expert": 2, "context": 2, "fsdp": 2}, {}),
     "slice × fsdp × expert, ring": ({"slice": 2, "fsdp": 2, "expert": 2}, {"expert_exchange": "ring"}),
+    "slices of experts": ({"slice": 2, "fsdp": 2, "expert": 2}, {"expert_across_slices": True}),
+    "slices of experts, ring": ({"slice": 4, "expert": 2}, {"expert_across_slices": True, "expert_exchange": "ring"}),
 }
 
-CORE = ("fsdp × expert × tensor", "expert × context", "slice × fsdp × expert, ring")
+CORE = ("fsdp × expert × tensor", "expert × context", "slice × fsdp × expert, ring", "slices of experts")
 """What is compiled here: both exchanges and every axis but `stage`, which test_pipeline_parallel.py has. The study has all."""
 
 

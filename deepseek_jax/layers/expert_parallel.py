@@ -7,6 +7,7 @@ Two exchanges of tokens between the shards of the experts, both without a capaci
 - `ring`: all tokens of the shards are gathered, every shard serves the pairs of its own experts, and the sums are reduced
   and scattered. No ragged collective; cheaper where a token's experts lie on most shards, or tokens are few.
 
+Where the experts of several slices are not the same, what crosses slices does so before and after (expert_slices.py).
 Everything is local to one `shard_map`, so the same code runs where the experts are not split at all.
 """
 
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.config import ModelConfig, MoE
+from deepseek_jax.layers.expert_slices import across_slices, slices_of_token
 from deepseek_jax.layers.experts import (
     Swiglu,
     few_tokens_experts,
@@ -28,6 +31,7 @@ from deepseek_jax.layers.experts import (
     grouped_swiglu,
     sort_pairs,
     sorted_experts,
+    weighed_sums,
 )
 from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, scattered_sum, send_rows
 from deepseek_jax.parallel.rules import axes_of, sharded_map
@@ -36,7 +40,7 @@ from deepseek_jax.types import Array
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """How the ambient mesh serves routed experts; the fields `expert_…` of `ModelConfig`."""
+    """How a mesh serves routed experts; the fields `expert_…` of `ModelConfig`."""
 
     way: Literal["ragged", "ring"] = "ragged"
     """How tokens get to their experts."""
@@ -47,10 +51,64 @@ class Exchange:
     """Runs in which a device gathers its experts and serves their rows, one after the other."""
     wide_sums: bool = False
     """Add up weights' gradients over devices in the dtype that the weights are stored in, not in that of `x_BTD`."""
+    across_slices: bool = False
+    """Whether each slice holds experts of its own, not copies of all."""
+    groups: tuple[int, int] = (1, 1)
+    """Of experts, and how many of them a token's experts lie in: what bounds the slices that it goes to."""
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Exchange":
+        """The one that a model asks for."""
+        return cls(
+            way=config.expert_exchange, buffer_factor=config.expert_buffer_factor, gather_parts=config.expert_gather_parts,
+            wide_sums=config.gradient_sum == "float32", across_slices=config.expert_across_slices,
+            groups=(config.ffn.n_group, config.ffn.topk_group) if isinstance(config.ffn, MoE) else (1, 1),
+        )  # fmt: skip
+
+    @property
+    def axis(self) -> str:
+        """Logical axis of the experts."""
+        return "expert_of_slice" if self.across_slices else "expert"
+
+    def places(self, tokens: int, chosen: int, experts: int, shards: int, slices: int) -> "Places":
+        """Sizes of a device's buffers.
+
+        Args:
+            tokens: of a device.
+            chosen: experts of a token.
+            experts: of all slices.
+            shards: of a slice's experts.
+            slices: that hold experts of their own; 1 where each holds all.
+        """
+
+        def places(even: int, most: int) -> int:
+            return most if self.buffer_factor is None else min(most, 8 * math.ceil(self.buffer_factor * even / 8))
+
+        here = experts // slices
+        arrivals = places(tokens * slices_of_token(self.groups, chosen, slices), tokens * slices)
+        return Places(
+            departures=min(tokens * min(chosen, slices), arrivals),
+            arrivals=arrivals,
+            pairs=places(tokens * chosen, arrivals * min(chosen, here)),
+            rows=places(tokens * chosen, tokens * slices * shards * min(chosen, here // shards)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Places of a device's buffers, in rows."""
+
+    departures: int
+    """For (token, slice) on the way to the slices."""
+    arrivals: int
+    """For tokens that come from the slices."""
+    pairs: int
+    """For their token-expert pairs, on the way to the shards of the slice's experts."""
+    rows: int
+    """For pairs of the device's own experts."""
 
 
 _TOKENS = ("batch", "length", "none")
-_INWARD, _OUTWARD = ("expert", "expert_embed", "ffn"), ("expert", "ffn", "expert_embed")
 
 
 def parallel_experts(
@@ -73,6 +131,7 @@ def parallel_experts(
         [B, T, D] in the dtype of `x_BTD`, and float32 []: pairs left out, on all devices.
     """
     experts, inner, storage = axes_of("expert"), axes_of("ffn"), axes_of("expert_embed")
+    slices = tuple(axis for axis in axes_of(exchange.axis) if axis not in experts)
     everyone = (*axes_of("batch"), *axes_of("length"))
     dtype, E = x_BTD.dtype.name, w_gate_EDF.shape[0]
 
@@ -82,22 +141,28 @@ def parallel_experts(
         x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
         whole = partial(_gathered, axes=storage, dtype=dtype, wide_sums=exchange.wide_sums)
         swiglu = partial(_in_parts, exchange.gather_parts, stored, whole)
-        if not experts:
+        if not experts and not slices:
             few = few_tokens_experts(x_MD, indices_MX, weights_MX, *whole(stored)) if decoding else None
             out_MD = sorted_experts(x_MD, indices_MX, weights_MX, E, swiglu) if few is None else few
             left_out = jnp.zeros((), jnp.float32)
         else:
-            S = lax.axis_size(experts)
-            most = S * B * T * min(X, E // S)
-            factor = exchange.buffer_factor
-            rows = most if factor is None else min(most, 8 * math.ceil(factor * B * T * X / 8))
-            serve = _ragged if exchange.way == "ragged" and not decoding else _ring
-            out_MD, left_out = serve(x_MD, indices_MX, weights_MX, swiglu, E, rows, experts)
+            serve = _ragged if exchange.way == "ragged" and experts and not decoding else _ring
+            S, L = (lax.axis_size(axes) if axes else 1 for axes in (experts, slices))
+            places = exchange.places(B * T, X, E, S, L)
+            within = partial(serve, swiglu=swiglu, E=E // L, rows=places.rows, axes=experts)
+            if slices:
+                out_MD, left_out = across_slices(
+                    x_MD, indices_MX, weights_MX, E, places.departures, places.arrivals, slices,
+                    partial(within, pairs=places.pairs),
+                )  # fmt: skip
+            else:
+                out_MD, left_out = within(x_MD, indices_MX, weights_MX)
         if inner:  # every device has summed over its part of F
             out_MD = lax.psum(out_MD, inner)
         return out_MD.reshape(B, T, D), lax.psum(left_out, everyone) if everyone else left_out
 
-    in_names = (_TOKENS, _TOKENS, _TOKENS, _INWARD, _INWARD, _OUTWARD)
+    inward, outward = (exchange.axis, "expert_embed", "ffn"), (exchange.axis, "ffn", "expert_embed")
+    in_names = (_TOKENS, _TOKENS, _TOKENS, inward, inward, outward)
     mapped = sharded_map(local, in_names, (_TOKENS, ()))
     return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
 
@@ -131,33 +196,46 @@ def _in_parts(parts: int, stored: Sequence[Array], whole: Any, x_PD: Array, size
 
 
 def _ragged(
-    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple
-) -> tuple[Array, Array]:
+    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple,
+    pairs: int | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`pairs`: places for what is sent, where most of the indices may be E, which is no expert; None: all are experts."""
     me, S = lax.axis_index(axes), lax.axis_size(axes)
     M, X = indices_MX.shape
     order_P, place_MX, counts_E = sort_pairs(indices_MX, E)
-    counts_SE = lax.all_gather(counts_E, axes)
-    runs, kept_SE = plan_runs(counts_SE, rows)
+    sent_E = counts_E
+    if pairs is not None:
+        order_P = order_P[:pairs]
+        sent_E = jnp.diff(jnp.minimum(jnp.cumsum(counts_E), pairs), prepend=0)
+    runs, kept_SE = plan_runs(lax.all_gather(sent_E, axes), rows)
     mine_SE = lax.dynamic_slice_in_dim(kept_SE, me * (E // S), E // S, axis=1)
     source_R, place_R = by_expert(mine_SE, rows)
 
-    x_PD = gather_rows(x_MD, order_P // X, place_MX)
+    x_PD = gather_rows(x_MD, order_P // X, place_MX, pairs is not None)
     x_RD = send_rows(x_PD, runs, rows, axes)
     x_RD = checkpoint_name(gather_rows(x_RD, source_R, place_R[:, None]), "expert_in")
     out_RD = checkpoint_name(swiglu(x_RD, mine_SE.sum(axis=0)), "expert_out")
     out_RD = gather_rows(out_RD, place_R, source_R[:, None])
-    out_PD = send_rows(out_RD, runs.back(), M * X, axes)
-    out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
-    out_MD = jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX).astype(x_MD.dtype)
-    return out_MD, (counts_SE[me] - kept_SE[me]).sum().astype(jnp.float32)
+    out_PD = send_rows(out_RD, runs.back(), len(order_P), axes)
+    if pairs is not None:
+        out_MD = weighed_sums(out_PD, weights_MX, order_P, place_MX)
+    else:
+        out_MXD = gather_rows(out_PD, place_MX.reshape(-1), order_P[:, None]).reshape(M, X, -1)
+        out_MD = jnp.einsum("mxd,mx->md", out_MXD.astype(weights_MX.dtype), weights_MX)
+    return out_MD.astype(x_MD.dtype), (counts_E.sum() - kept_SE[me].sum()).astype(jnp.float32)
 
 
 def _ring(
-    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple
-) -> tuple[Array, Array]:
-    me, S = lax.axis_index(axes), lax.axis_size(axes)
+    x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple,
+    pairs: int | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """See `_ragged`; here pairs are sorted once they have come. Over no axes all of them are here."""
+    del pairs
+    me, S = (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
     X = indices_MX.shape[1]
-    x_AD, indices_AX, weights_AX = (lax.all_gather(a, axes, tiled=True) for a in (x_MD, indices_MX, weights_MX))
+    x_AD, indices_AX, weights_AX = (
+        lax.all_gather(a, axes, tiled=True) if axes else a for a in (x_MD, indices_MX, weights_MX)
+    )
     own = indices_AX - me * (E // S)
     own = jnp.where((own >= 0) & (own < E // S), own, E // S)  # experts of other shards come last
     order_P, _, counts_E = sort_pairs(own, E // S + 1)
@@ -166,7 +244,7 @@ def _ring(
     pair_R = order_P[:rows]
     x_RD = checkpoint_name(x_AD[pair_R // X], "expert_in")
     out_RD = checkpoint_name(swiglu(x_RD, sizes_E), "expert_out")
-    served = jnp.arange(rows) < ends_E[-1]
+    served = jnp.arange(len(pair_R)) < ends_E[-1]
     weight_R = jnp.where(served, weights_AX.reshape(-1)[pair_R], 0)
     weighed_RD = out_RD.astype(weight_R.dtype) * weight_R[:, None]
     out_AD = jax.ops.segment_sum(weighed_RD, pair_R // X, num_segments=len(x_AD))

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import platform
@@ -12,25 +14,82 @@ from deepseek_jax.kernels.grouped_matmul import grouped_matmul
 from deepseek_jax.types import Array
 
 
-@jax.custom_vjp
-def gather_rows(x_MD: Array, source_P: Array, place_MX: Array) -> Array:
+def gather_rows(x_MD: Array, source_P: Array, place_MX: Array, sparse: bool = False) -> Array:
     """x[source], [P, D]. `place_MX` says where the X copies of each row went: gathers both ways, no scatter-add.
+
+    `sparse`: most places may lie past the last of the P, and are none. Gradients are then added up a copy at a time: all at
+    once would be M · X rows.
 
     A scatter-add would be slower on every device and, on a GPU, add in an order that changes from run to run.
     """
+    rows: Any = _gather(x_MD, source_P, place_MX, sparse)
+    return rows
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather(x_MD: Array, source_P: Array, place_MX: Array, sparse: bool) -> Array:
     return x_MD[source_P]
 
 
-def _gather_fwd(x_MD: Array, source_P: Array, place_MX: Array):
+def _gather_fwd(x_MD: Array, source_P: Array, place_MX: Array, sparse: bool):
     return x_MD[source_P], place_MX
 
 
-def _gather_bwd(place_MX: Array, d_PD: Array):
+def _gather_bwd(sparse: bool, place_MX: Array, d_PD: Array):
     wide = jnp.promote_types(d_PD.dtype, jnp.float32)
+    if sparse:
+        return _weighed_rows(d_PD, jnp.ones(place_MX.shape, wide), place_MX), None, None
     return d_PD[place_MX].sum(axis=1, dtype=wide).astype(d_PD.dtype), None, None
 
 
-gather_rows.defvjp(_gather_fwd, _gather_bwd)
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _rows(x: Array, index: Array) -> Array:
+    """x[index], zero for an index past the last row."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _weighed_rows(x_PD: Array, weights_MX: Array, place_MX: Array) -> Array:
+    """Σ over a row's X places of weight · x[place], [M, D]: a column at a time, in the dtype of the weights, rounded once."""
+
+    def add(total_MD: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+        place_M, weight_M = column
+        return total_MD + _rows(x_PD, place_M).astype(total_MD.dtype) * weight_M[:, None], None
+
+    total_MD = jnp.zeros((len(place_MX), x_PD.shape[1]), weights_MX.dtype)
+    return lax.scan(add, total_MD, (place_MX.T, weights_MX.T))[0].astype(x_PD.dtype)
+
+
+@jax.custom_vjp
+def weighed_sums(out_PD: Array, weights_MX: Array, order_P: Array, place_MX: Array) -> Array:
+    """Σ over each token's pairs of weight · result, [M, D] in the dtype of `out_PD`; where most of the M · X pairs are none.
+
+    Gathers alone, forward and backward, and none of them as large as all pairs.
+
+    Args:
+        out_PD: results of the sorted pairs; zero for those that are none, or were not served.
+        weights_MX: gate weights, float32 or wider.
+        order_P: the pair of each result, see `sort_pairs`; the first P of them.
+        place_MX: where each pair went, P or more where it is not among the results.
+    """
+    return _weighed_rows(out_PD, weights_MX, place_MX)
+
+
+def _weighed_fwd(out_PD: Array, weights_MX: Array, order_P: Array, place_MX: Array):
+    return _weighed_rows(out_PD, weights_MX, place_MX), (out_PD, weights_MX, order_P, place_MX)
+
+
+def _weighed_bwd(residuals: tuple[Array, Array, Array, Array], d_MD: Array):
+    out_PD, weights_MX, order_P, place_MX = residuals
+    wide = weights_MX.dtype
+    d_PD = d_MD[order_P // place_MX.shape[1]]  # in the dtype of the results: widened, it would be twice as much
+    by_weight_P = (d_PD.astype(wide) * out_PD.astype(wide)).sum(axis=1)
+    by_out_PD = d_PD.astype(wide) * weights_MX.reshape(-1)[order_P][:, None]
+    return by_out_PD.astype(out_PD.dtype), _rows(by_weight_P, place_MX), None, None
+
+
+weighed_sums.defvjp(_weighed_fwd, _weighed_bwd)
 
 
 Swiglu = Callable[[Array, Array], Array]

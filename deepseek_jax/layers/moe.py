@@ -43,9 +43,9 @@ class Experts(nn.Module):
             return weight(self, name, shape, axes, dtype=self.param_dtype, stddev=self.stddev)
 
         matrices = (
-            param("w_gate", (E, D, F), "expert", "expert_embed", "ffn"),
-            param("w_up", (E, D, F), "expert", "expert_embed", "ffn"),
-            param("w_down", (E, F, D), "expert", "ffn", "expert_embed"),
+            param("w_gate", (E, D, F), self.exchange.axis, "expert_embed", "ffn"),
+            param("w_up", (E, D, F), self.exchange.axis, "expert_embed", "ffn"),
+            param("w_down", (E, F, D), self.exchange.axis, "ffn", "expert_embed"),
         )
         if on_mesh():
             return parallel_experts(

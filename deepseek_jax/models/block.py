@@ -60,11 +60,7 @@ class Block(nn.Module):
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
         if self.moe:
             assert isinstance(c.ffn, MoE)
-            exchange = Exchange(
-                way=c.expert_exchange, buffer_factor=c.expert_buffer_factor, gather_parts=c.expert_gather_parts,
-                wide_sums=wide_sums,
-            )  # fmt: skip
-            moe = MoELayer(c.ffn, exchange=exchange, name="ffn", **kwargs)
+            moe = MoELayer(c.ffn, exchange=Exchange.of(c), name="ffn", **kwargs)
             out_BTD, stats = moe(normed, context, recorded_BTX)
             return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0

@@ -23,7 +23,8 @@ class MeshConfig:
     """
 
     slice: int = 1
-    """Slices of a multi-slice machine, joined by the data-centre network: replicas that split the batch."""
+    """Slices of a multi-slice machine, joined by the data-centre network: replicas that split the batch. With
+    `ModelConfig.expert_across_slices` each holds experts of its own."""
     stage: int = 1
     """Stages of the pipeline; each runs a part of the layers. Weights are stored in shards over it too."""
     data: int = -1

@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "expert": ("expert",),
+    "expert_of_slice": ("slice", "expert"),  # instead, where slices hold experts of their own
     "expert_embed": ("fsdp", "context", "stage"),
     "router": (),
     # dims of activations

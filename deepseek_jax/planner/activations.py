@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepseek_jax.config import GQA, MoE
+from deepseek_jax.layers.expert_parallel import Places
 from deepseek_jax.models.block import V3_SAVED
 from deepseek_jax.planner.request import PlanRequest
 
@@ -25,18 +26,15 @@ class Tensor:
     """The backward pass reads it; others are there while the layer runs alone."""
 
 
-def expert_rows(request: PlanRequest) -> float:
-    """Token-expert pairs that a device has places for in a MoE layer."""
-    ffn = request.model.ffn
+def expert_places(request: PlanRequest) -> Places:
+    """Places that a device has in a MoE layer, for tokens and for token-expert pairs."""
+    ffn, tokens = request.model.ffn, request.rows * request.length
     assert isinstance(ffn, MoE)
-    tokens = request.rows * request.length
-    shards = request.split("expert")
-    even = tokens * ffn.num_experts_per_tok  # what all shards send is spread evenly over them
-    if shards == 1:
-        return even
-    most = tokens * shards * min(ffn.num_experts_per_tok, ffn.n_routed_experts // shards)
-    factor = request.model.expert_buffer_factor
-    return most if factor is None else min(most, factor * even)
+    X, E = ffn.num_experts_per_tok, ffn.n_routed_experts
+    if request.split(request.exchange.axis) == 1:
+        pairs = tokens * X
+        return Places(departures=tokens, arrivals=tokens, pairs=pairs, rows=pairs)
+    return request.exchange.places(tokens, X, E, request.split("expert"), request.slices_of_experts)
 
 
 def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
@@ -57,13 +55,23 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
         width = ffn.intermediate_size / ffn_split
         return [*found, of("ffn_gate", width), of("ffn_up", width), of("ffn_hidden", width)]
     assert isinstance(ffn, MoE)
-    rows, E, X, F = expert_rows(request), ffn.n_routed_experts, ffn.num_experts_per_tok, ffn.moe_intermediate_size
+    E, F = ffn.n_routed_experts, ffn.moe_intermediate_size
+    places, shards, slices = expert_places(request), request.split("expert"), request.slices_of_experts
+    rows, arrivals = places.rows, places.arrivals
+    pairs = places.pairs if slices > 1 else tokens * ffn.num_experts_per_tok
     found += [of("router_logits", E, 4), of("router_scores", E, 4)]
-    shards = request.split("expert")
+    if slices > 1:  # sent, received, added up, sent back, added up
+        found += [of("slice_sent", D, rows=places.departures, expert=True, read=False)]
+        found += [of("slice_received", D, rows=arrivals, expert=True, read=False)]
+        found += [of("slice_sums", D, max(item, 4), rows=arrivals, expert=True, read=False)]
+        found += [of("slice_back", D, max(item, 4), expert=True, read=False)]
     if shards > 1 and model.expert_exchange == "ring":
-        found += [of(name, shards * D, expert=True, read=False) for name in ("expert_gathered", "expert_summed")]
+        found += [
+            of(name, shards * D, rows=arrivals if slices > 1 else tokens, expert=True, read=False)
+            for name in ("expert_gathered", "expert_summed")
+        ]
     elif shards > 1:  # sorted, sent, sorted again, and all the way back
-        found += [of("expert_sent", X * D, expert=True, read=False)]
+        found += [of("expert_sent", D, rows=pairs, expert=True, read=False)]
         found += [of(name, D, rows=rows, expert=True, read=False) for name in ("expert_received", "expert_returned")]
     found += [
         of("expert_in", D, rows=rows, expert=True),
@@ -71,7 +79,7 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
         of("expert_up", F / ffn_split, rows=rows, expert=True),
         of("expert_hidden", F / ffn_split, rows=rows, expert=True),
         of("expert_out", D, rows=rows, expert=True, read=False),
-        of("expert_back", X * D, max(item, 4), expert=True),  # weighed in the dtype of the gate
+        of("expert_back", D, max(item, 4), rows=pairs, expert=True),  # weighed in the dtype of the gate
     ]
     if ffn.n_shared_experts:
         width = ffn.n_shared_experts * F / ffn_split

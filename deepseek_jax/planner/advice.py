@@ -54,7 +54,7 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         if (less := _fewer_rows(together)) is not None:
             together = less[1]
             names.append(less[0])
-    if request.split("expert") > 1 and model.expert_buffer_factor is None:
+    if request.split(request.exchange.axis) > 1 and model.expert_buffer_factor is None:
         bounded = replace(model, expert_buffer_factor=1.5)
         yield "--set expert_buffer_factor=1.5", replace(request, run=replace(run, model=bounded))
         bounded = replace(together.model, expert_buffer_factor=1.5)
@@ -62,6 +62,10 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         names.append("--set expert_buffer_factor=1.5")
     if len(names) > 1:
         yield " ".join(names), together
+    if isinstance(model.ffn, MoE) and request.degrees["slice"] > 1 and not model.expert_across_slices:
+        other = _maybe(request, run=replace(run, model=replace(model, expert_across_slices=True)))
+        if other is not None:
+            yield "--set expert_across_slices=True", other
     yield from _more_experts(request)
     if run.mesh.fsdp != -1:
         shape = list(request.topology.shape)

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.hardware import Device
+from deepseek_jax.layers.expert_parallel import Exchange
 from deepseek_jax.parallel.bubbles import Schedule, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.ring import check_length
@@ -86,6 +87,16 @@ class PlanRequest:
     def split(self, *names: str) -> int:
         """In how many parts the mesh splits dims with these logical axes."""
         return math.prod(self.degrees[axis] for name in names for axis in RULES[name])
+
+    @property
+    def exchange(self) -> Exchange:
+        """How experts are served."""
+        return Exchange.of(self.model)
+
+    @property
+    def slices_of_experts(self) -> int:
+        """Slices that hold experts of their own; 1 where each holds all."""
+        return self.split(self.exchange.axis) // self.split("expert")
 
     @property
     def idle_share(self) -> float:

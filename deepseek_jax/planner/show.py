@@ -48,10 +48,11 @@ def _head(plan: Plan) -> Iterator[str]:
     if request.trains:
         moments = run.optimizer.moment_dtype + (" on the host" if run.moments_on == "host" else "")
         yield f"  kept      parameters {model.param_dtype}, moments {moments}, compute {model.dtype}, remat {model.remat}"
-    if request.split("expert") > 1:
+    if request.split(request.exchange.axis) > 1:
         factor = model.expert_buffer_factor
         room = "room for all that can come" if factor is None else f"{factor:g} of an even share"
-        yield f"  experts   {model.expert_exchange} exchange, buffers with {room}"
+        own = f", each of {request.slices_of_experts} slices its own" if request.slices_of_experts > 1 else ""
+        yield f"  experts   {model.expert_exchange} exchange{own}, buffers with {room}"
 
 
 def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:

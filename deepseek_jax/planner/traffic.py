@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_jax.config import GQA, MoE
+from deepseek_jax.layers.expert_slices import slices_of_token
+from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.activations import ITEM
 from deepseek_jax.planner.memory import memory_of, trained
 from deepseek_jax.planner.request import PlanRequest
@@ -108,9 +110,10 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         routed = (leaf for leaf in trained(request) if leaf.routed)
         for axes, moved in _gathered(request, routed, lambda _: compute):
             yield _one(request, "experts gathered in parts", axes, pieces * moved)
-    kept = sum(stored(leaf, degrees) for leaf in trained(request)) * max(param, 4)
     for axis in ("slice", "data"):
         n = degrees[axis]
+        copies = (leaf for leaf in trained(request) if not any(axis in RULES[name] for name in leaf.names))
+        kept = sum(stored(leaf, degrees) for leaf in copies) * max(param, 4)
         yield _one(request, f"gradients summed over {axis}", (axis,), 2 * kept * (n - 1) / n)
     if on_host := memory_of(request).host:  # there and back; both ways at once where the link can
         assert request.device.host_link
@@ -125,13 +128,20 @@ def _layers(request: PlanRequest, passes: int, pieces: int) -> Iterable[Collecti
     tokens = request.rows * (request.length if request.step != "decode" else 1)
     layers = model.num_hidden_layers + (model.num_nextn_predict_layers if request.step == "train" else 0)
     if isinstance(model.ffn, MoE):
-        n = degrees["expert"]
+        n, slices, chosen = degrees["expert"], request.slices_of_experts, model.ffn.num_experts_per_tok
         moe = model.num_moe_layers + layers - model.num_hidden_layers
         ring = model.expert_exchange == "ring" or not request.trains
-        # A pair travels once to its expert; on the ring all tokens travel to all.
-        each = tokens * D * item * (n - 1) * (1 if ring else model.ffn.num_experts_per_tok / n)
         # Out and back are two; the backward pass moves both again, and a full recomputation sends once more.
-        times = {1: 2, 3: 4, 4: 5}[passes]
+        times, told = {1: (2, 8), 3: (4, 12), 4: (5, 16)}[passes]
+        # A token goes once to each slice with experts of its own, as many as there may be; its route is told to all:
+        # numbers of experts, gate weights (again where they are recomputed), their gradients.
+        visits = slices_of_token(request.exchange.groups, chosen, slices)
+        across = tokens * visits * D * item * (slices - 1) / slices * times
+        routes = tokens * chosen * (slices - 1) * told
+        what = "tokens to slices and back"
+        yield _one(request, what, ("slice",) * (slices > 1), pieces * moe * (across + routes), all_to_all=True)
+        # A pair travels once to its expert; on the ring all tokens of the slice travel to all.
+        each = tokens * D * item * (n - 1) * (visits if ring else chosen / n)
         what = "tokens to experts and back"
         yield _one(request, what, ("expert",), pieces * moe * each * times, all_to_all=not ring)
     n = degrees["context"]
