@@ -22,7 +22,15 @@ from deepseek_jax.layers.weights import at_least_float32
 from deepseek_jax.models.block import Block
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.pipelined import (
-    by_layer, by_stage, check_stack, counted_tokens, low_dtype, names_of, pipelined_stack, regrouped, together,
+    by_layer,
+    by_stage,
+    check_stack,
+    counted_tokens,
+    low_dtype,
+    names_of,
+    pipelined_stack,
+    regrouped,
+    together,
 )  # fmt: skip
 from deepseek_jax.models.transformer import DeepSeek, Entry
 from deepseek_jax.parallel.one_f_one_b import Given, Work, one_f_one_b, places
@@ -73,7 +81,7 @@ def pipelined_objective(
         within = Entry(x, context, *(_stacked(parts) if depth else None for parts in (inputs, valid)))
         out = DeepSeek(config).apply(behind, within, method="leave")
         total, more = loss(out, w_DW, _stacked(targets), shared)
-        counted = within.valid.sum(axis=(1, 2)) if depth else jnp.zeros(0)
+        counted = jnp.zeros(0) if within.valid is None else within.valid.sum(axis=(1, 2))
         return total, (more, out.router, counted)
 
     def joined(stats: Any, sequences: Array, total: Array, more: Any, router: dict[str, RouterStats]) -> Any:
@@ -93,29 +101,26 @@ def pipelined_objective(
         context, constants, shared, sequences = rest
         S, V, M = stages_of_mesh(), pipeline.chunks, pipeline.microbatches
         names = names_of(config, moe, x, context)
-        wide_weights, to_layers, low = jax.vjp(
-            lambda own: regrouped(config, own, names, S, V)[::-1], own, has_aux=True
-        )
+        wide_weights, to_layers, low = jax.vjp(lambda own: regrouped(config, own, names, S, V)[::-1], own, has_aux=True)
         ends, end_names = (behind, w_DW), (_behind_names(config), ("embed", "vocab"))
-        low_ends = jax.tree.map(
-            lambda w, axes: w.astype(low_dtype(config, w, axes)), ends, end_names
-        )
+        low_ends = jax.tree.map(lambda w, axes: w.astype(low_dtype(config, w, axes)), ends, end_names)
         real = by_stage(jnp.arange(L) < L, S, V)
         per, shape = real.shape[2], (x.shape[0] // M, *x.shape[1:])
         kept = jnp.zeros((S, sum(places(S, V)), per, *shape), x.dtype)
-        given = Given(
-            (low, real, jnp.where(real, 1 / sequences, 0).astype(wide)), low_ends, x, context, following, constants, shared
-        )
+        weights = low, real, jnp.where(real, 1 / sequences, 0).astype(wide)
+        given = Given(weights, low_ends, x, context, following, constants, shared)
         total, (more, router, counted), stats, d = one_f_one_b(
-            _work(config, moe, tail),
+            _work(config, moe, tail, filled=real.size > L),
             pipeline,
             given,
             shard(kept, "stages", "none", "layers", "batch", "length", "act_embed"),
             jax.tree.map(lambda w, axes: _zeros(w.shape, wide, "stages", "none", "layers", *axes), wide_weights, names),
             jax.tree.map(lambda w, axes: _zeros((S, *w.shape), wide, "stages", *axes), ends, end_names),
         )
-        stats = together(jax.tree.map(lambda x: by_layer(x, L), stats), counted_tokens(context.valid, M)) if moe else None
-        router = {name: together(jax.tree.map(lambda x: x.swapaxes(0, 1), one), counted.T) for name, one in router.items()}
+        stats = jax.tree.map(lambda leaf: by_layer(leaf, L), stats)
+        stats = together(stats, counted_tokens(context.valid, M)) if moe else None
+        router = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), router)
+        router = {name: together(one, counted.T) for name, one in router.items()}
         more = jax.tree.map(lambda x: x.sum(axis=0), more)
         [d_own] = to_layers(d.weights)
         d_behind, d_w = jax.tree.map(
@@ -131,19 +136,26 @@ def pipelined_objective(
     return total, *lax.stop_gradient(more)
 
 
-def _work(config: ModelConfig, moe: bool, tail: Any) -> Work:
-    """What a stage does with its layers. Weights are (low, real, d): a layer's variables, whether it is none to fill up,
-    and the gradient of the objective by its balance losses; all [V, layers of a chunk, …]."""
+def _work(config: ModelConfig, moe: bool, tail: Any, filled: bool) -> Work:
+    """What a stage does with its layers. Weights are (low, real, d): a layer's variables, whether it is none to fill up
+    (`filled`: there are such), and the gradient of the objective by its balance losses; all [V, layers of a chunk, …]."""
     block: Any = Block(config, moe=moe, parent=None)  # no submodule: applied to parts of the stack
 
     def run(variables: Any, real: Array, x: Array, context: Context) -> tuple[tuple[Array, Array], Any]:
         y, (stats, _) = block.apply(variables, x, context)
         losses = [] if stats is None else [loss_B.sum() for loss_B in stats.balance_loss.values()]
         balance = sum(losses, jnp.zeros((), at_least_float32(config.dtype)))
-        return (jnp.where(real, y, x), balance), stats
+        return (jnp.where(real, y, x) if filled else y, balance), stats
 
     def at(tree: Any, i: Array, j: Array) -> Any:
         return jax.tree.map(lambda leaf: leaf[i, j], tree)
+
+    def with_at(tree: Any, i: Array, j: Array, value: Any) -> Any:
+        # Not `.at[i, j]`, which is a scatter: this writes in place everywhere.
+        def one(leaf: Array, value: Array) -> Array:
+            return lax.dynamic_update_slice(leaf, value[None, None], (i, j, *[0] * value.ndim))
+
+        return jax.tree.map(one, tree, value)
 
     def over_layers(step: Any, carry: Any, per: int, reverse: bool) -> Any:
         return lax.scan(step, carry, jnp.arange(per), reverse=reverse, unroll=1 if config.scan_layers else per)
@@ -153,7 +165,7 @@ def _work(config: ModelConfig, moe: bool, tail: Any) -> Work:
             x, kept = carry
             low, real, _ = at(weights, v, i)
             (y, _), stats = run(low, real, x, context)
-            return (y, kept.at[place, i].set(x)), stats
+            return (y, with_at(kept, place, i, x)), stats
 
         (x, kept), stats = over_layers(layer, (x, kept), kept.shape[1], False)
         return x, kept, stats
@@ -166,7 +178,8 @@ def _work(config: ModelConfig, moe: bool, tail: Any) -> Work:
             low, real, d_balance = at(weights, v, i)
             _, back, _ = jax.vjp(lambda low, x: run(low, real, x, context), low, kept[place, i], has_aux=True)
             d_low, d = back((d, jnp.where(active, d_balance, 0)))
-            return (d, jax.tree.map(lambda sum_, d: sum_.at[v, i].add(d.astype(sum_.dtype)), sums, d_low)), None
+            added = jax.tree.map(lambda sum_, d: sum_ + d.astype(sum_.dtype), at(sums, v, i), d_low)
+            return (d, with_at(sums, v, i, added)), None
 
         return over_layers(layer, (d, sums), kept.shape[1], True)[0]
 
@@ -186,7 +199,11 @@ def _zeros(shape: Sequence[int], dtype: Any, *names: str) -> Array:
 
 def _apart(tree: Any, count: int) -> tuple[Any, ...]:
     """Leaves [count, B, …] as so many trees of [B, …]."""
-    return tuple(jax.tree.map(lambda leaf: leaf[k], tree) for k in range(count))
+
+    def one(k: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[k], tree)
+
+    return tuple(one(k) for k in range(count))
 
 
 def _stacked(parts: tuple[Any, ...]) -> Any:

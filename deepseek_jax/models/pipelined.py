@@ -156,7 +156,7 @@ def together(stats: RouterStats, counted: Array) -> RouterStats:
     """
 
     def sequences(x_LMR: Array) -> Array:
-        L, M, R = x_LMR.shape
+        L, _, R = x_LMR.shape
         at_home = jnp.moveaxis(x_LMR, 0, -1).reshape(-1, stages_of_mesh(), R, L)  # [M / S, S, R, L]
         return joined(at_home.swapaxes(0, 1)).T
 

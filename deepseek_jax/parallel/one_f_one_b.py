@@ -25,7 +25,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.parallel.pipeline import (
-    AXIS, Pipeline, choose, cut, in_order, joined, number, put, read, send, stages_of_mesh, taken, write,
+    AXIS,
+    Pipeline,
+    choose,
+    cut,
+    in_order,
+    joined,
+    number,
+    put,
+    read,
+    send,
+    stages_of_mesh,
+    taken,
+    write,
 )  # fmt: skip
 from deepseek_jax.parallel.rules import degree
 from deepseek_jax.types import Array
@@ -105,6 +117,13 @@ def places(stages: int, chunks: int) -> list[int]:
     S, V = stages, chunks
     ticks = [(2 * (V - v) + 1) * S - 2 for v in range(V)]
     return [t // (S * V) * S + min(S, t % (S * V)) for t in ticks]
+
+
+def place(v: Array | int, m: Array | int, stages: int, chunks: int) -> Array:
+    """Where a stage keeps microbatch m of its chunk v."""
+    count = places(stages, chunks)
+    first = [sum(count[:i]) for i in range(chunks)]
+    return jnp.array(first)[v] + m % jnp.array(count)[v]
 
 
 def one_f_one_b(
@@ -212,15 +231,15 @@ class _Stage:
         # A stage that has nothing yet, or no more, works as if the batch went on: nobody misses what it overwrites.
         u = jnp.maximum(t - s, 0)
         v = u % (S * V) // S
-        place = self.place(v, number(u, S, V))
-        x, kept, statistics = self.work.forward(self.given.weights, v, x, context, carry.kept, place)
+        kept_at = place(v, number(u, S, V), S, V)
+        x, kept, statistics = self.work.forward(self.given.weights, v, x, context, carry.kept, kept_at)
 
         last = t - (S - 1)
         ends = (last >= 0) & (last % (S * V) // S == V - 1)
         leaving = choose(ends, choose(s == S - 1, x, send(carry.leaving, -1)), carry.leaving)
         carry = carry._replace(
             stream=stream, came=send((x, context), 1), leaving=leaving, kept=kept,
-            contexts=write(carry.contexts, place, context),
+            contexts=write(carry.contexts, kept_at, context),
         )  # fmt: skip
         return carry, statistics
 
@@ -235,9 +254,9 @@ class _Stage:
         u = w - (S - 1 - s)
         active, u = (u >= 0) & (u < M * V), jnp.clip(u, 0, M * V - 1)
         v = V - 1 - u % (S * V) // S
-        place = self.place(v, number(u, S, V))
-        context, d = read(carry.contexts, place), jnp.where(active, d, 0)
-        d, sums = self.work.backward(self.given.weights, v, context, carry.kept, place, d, active, carry.sums)
+        kept_at = place(v, number(u, S, V), S, V)
+        context, d = read(carry.contexts, kept_at), jnp.where(active, d, 0)
+        d, sums = self.work.backward(self.given.weights, v, context, carry.kept, kept_at, d, active, carry.sums)
 
         first = jnp.maximum(w - (S - 1), 0)
         d_came, ends = send(d, -1), (w >= S - 1) & (first % (S * V) // S == V - 1)
@@ -263,12 +282,6 @@ class _Stage:
             d_leaving=send(d_x, -1),  # the first of the group to the last stage
         )
         return carry, (total, more)
-
-    def place(self, v: Array, m: Array) -> Array:
-        """Where microbatch m of chunk v is kept."""
-        count = places(self.S, self.V)
-        first = [sum(count[:i]) for i in range(self.V)]
-        return jnp.array(first)[v] + m % jnp.array(count)[v]
 
 
 def _end_to_end(parts: list[Any]) -> Any:

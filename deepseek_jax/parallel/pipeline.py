@@ -40,9 +40,9 @@ class Pipeline:
     """Runs of layers that each stage has. 1: GPipe; more: the interleaved schedule, whose bubble is that much smaller."""
     schedule: _Schedule = "gpipe"
     """When a microbatch goes back. "gpipe": after the last one's forward pass, so a stage keeps what `ModelConfig.remat` says
-    of all M. "1f1b": as soon as its group of S has a loss, so a stage keeps at most 3 S − 2 (with `chunks`, fewer than
-    (V + 1.5) S of each layer), of which each layer's input alone: layers are worked out again whatever `remat`. The bubble
-    is the same. Worth it from M > 3 S on."""
+    of all M. "1f1b": as soon as its group of S has a loss, so a stage keeps at most 3 S − 2 of them (of V chunks fewer than
+    (1.5 V + 2) S, each a V-th of a stage), and of a layer its input alone: it is worked out again whatever `remat`. The
+    bubble is the same."""
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(_Schedule):

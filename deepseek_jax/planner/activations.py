@@ -101,9 +101,10 @@ def _attention(request: PlanRequest, of, heads: int) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def saved(request: PlanRequest, tensors: list[Tensor]) -> list[Tensor]:
-    """Those that the forward pass keeps for the backward pass, by `ModelConfig.remat`."""
-    remat = request.model.remat
+def saved(request: PlanRequest, tensors: list[Tensor], stack: str) -> list[Tensor]:
+    """Those that the forward pass of a layer of `stack` keeps for the backward pass: by `ModelConfig.remat`, but in a 1F1B
+    pipeline its input alone."""
+    remat = "full" if request.one_f_one_b and stack == request.piped_stack else request.model.remat
     if remat == "none":
         return [t for t in tensors if t.read]
     if remat == "offload":

@@ -112,7 +112,9 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
     for axis in ("slice", "data"):
         n = degrees[axis]
         yield _one(request, f"gradients summed over {axis}", (axis,), 2 * kept * (n - 1) / n)
-    yield from _layers(request, passes=4 if run.model.remat in ("full", "offload") else 3, pieces=pieces)
+    yield from _layers(
+        request, passes=4 if request.one_f_one_b or run.model.remat in ("full", "offload") else 3, pieces=pieces
+    )
 
 
 def _layers(request: PlanRequest, passes: int, pieces: int) -> Iterable[Collective]:

@@ -292,9 +292,10 @@ def loss_parts(
     return total, replace(losses, router=stats)
 
 
-def _balance(stats: RouterStats, sequences: Array) -> Array | float:
+def _balance(stats: RouterStats, sequences: Array) -> Array:
     """Balance losses of some layers as means over `sequences`, a number for all layers or one for each."""
-    return sum((loss_LB.sum(axis=1) / sequences).sum() for loss_LB in stats.balance_loss.values())
+    losses = [(loss_LB.sum(axis=1) / sequences).sum() for loss_LB in stats.balance_loss.values()]
+    return sum(losses, jnp.zeros((), sequences.dtype))
 
 
 def _objective(
