@@ -63,10 +63,15 @@ CASES = [
     ("llm-gqa", 5, MeshConfig(stage=4, tensor=2, data=1), Pipeline(microbatches=8), "full"),
     ("moe", 5, MeshConfig(stage=2, expert=2, data=1), Pipeline(microbatches=4, chunks=2), "v3"),
     ("v2", 2, MeshConfig(stage=2, data=2), Pipeline(microbatches=2), "none"),
+    ("llm-gqa", 5, MeshConfig(stage=4, tensor=2, data=1), Pipeline(microbatches=8, schedule="1f1b"), "none"),
+    ("moe", 5, MeshConfig(stage=2, expert=2, data=1), Pipeline(microbatches=4, chunks=2, schedule="1f1b"), "v3"),
+    ("whole", 3, MeshConfig(stage=2, data=1), Pipeline(microbatches=8, schedule="1f1b"), "full"),
 ]
 
 
-@pytest.mark.parametrize("kind, layers, mesh, pipeline, remat", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    "kind, layers, mesh, pipeline, remat", CASES, ids=[f"{case[0]}-{case[3].schedule}" for case in CASES]
+)
 def test_losses_statistics_and_gradients_equal_one_device(kind, layers, mesh, pipeline, remat):
     variables, expected = _expected(kind, layers)
     run = _run(kind, layers, mesh, pipeline, remat=remat)
@@ -79,7 +84,8 @@ def test_losses_statistics_and_gradients_equal_one_device(kind, layers, mesh, pi
         assert kind != "v2" or float(losses.router["moe_layers"].dropped.min()) > 0
 
 
-def test_a_whole_step_equals_one_device():
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_whole_step_equals_one_device(schedule):
     """V3's parts in two accumulated pieces; the program hands over activations, and gathers one layer's weights at a time."""
     layers, mesh = 3, MeshConfig(stage=2, fsdp=2, data=2)
     run = replace(_run("whole", layers), batch_size=16, accumulation=2, bias_update_speed=0.01)
@@ -87,7 +93,7 @@ def test_a_whole_step_equals_one_device():
     state = init_state(run)
     state = replace(state, params=random_variables(run.model)["params"])
     expected, expected_metrics = jax.jit(make_train_step(run))(state, batch)
-    run = replace(run, mesh=mesh, pipeline=Pipeline(microbatches=2))
+    run = replace(run, mesh=mesh, pipeline=Pipeline(microbatches=2, schedule=schedule))
     devices = make_mesh(mesh)
     with use_mesh(devices):
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run, devices)))
@@ -183,6 +189,8 @@ def test_what_does_not_fit_is_refused_with_numbers():
         check(microbatches=2, chunks=3)
     with pytest.raises(ValueError, match=r"chunks = 0: must be at least 1"):
         Pipeline(microbatches=2, chunks=0)
+    with pytest.raises(ValueError, match=r"Pipeline.schedule = 'zb1p': must be one of \('gpipe', '1f1b'\)"):
+        Pipeline(microbatches=2, schedule="zb1p")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"RunConfig.pipeline = .*needs stages, and MeshConfig.stage = 1"):
         _run("moe", 4, MeshConfig(), Pipeline(microbatches=2))
     model = _model("moe", 2)

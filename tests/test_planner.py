@@ -236,6 +236,14 @@ def test_a_pipeline_waits_and_holds_its_layers():
     assert names == {"layers of a stage", "gradients of the layers of a stage"}
     dual = dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", microbatches=8, schedule="dualpipe", **given)
     assert dual.times.idle < piped.times.idle
+    many = dict(microbatches=64, **(given | {"batch": 4096}))
+    late, early = (
+        dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", schedule=schedule, **many)
+        for schedule in ("gpipe", "1f1b")
+    )
+    assert late.times.idle == early.times.idle and early.memory.peak < late.memory.peak
+    kept = [next(b.bytes for b in p.memory.buffers if b.name == "block_in of 58 moe_layers") for p in (late, early)]
+    assert kept[1] / kept[0] == pytest.approx((3 * 8 - 2) / (64 + 7), rel=1e-6), "of microbatches in flight"
     with pytest.raises(ValueError, match="microbatches = 3: must be a multiple of MeshConfig.stage = 8"):
         dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", microbatches=3, **given)
 

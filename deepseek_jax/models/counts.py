@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, MoE
 from deepseek_jax.models.transformer import DeepSeek
+from deepseek_jax.parallel.rules import degree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def abstract_variables(config: ModelConfig) -> Any:
     sequences = (
         1 if ambient.empty else ambient.size
     )  # shapes of weights do not depend on them, but a mesh must divide them
-    tokens = jax.ShapeDtypeStruct((sequences, 2), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((sequences, 2 * degree("length")), jnp.int32)
     return jax.eval_shape(lambda key, ids: DeepSeek(config).init_boxed(key, ids), jax.random.key(0), tokens)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -56,12 +55,8 @@ def pipelined_stack(
     Raises:
         ValueError: see `Pipeline.check_layers` and `Pipeline.check_rows`; remat = "offload"; gradient_sum = "float32".
     """
-    if config.remat == "offload":
-        raise ValueError("remat = 'offload' in a pipeline is not built: take 'full'")
-    if config.gradient_sum == "float32":
-        raise ValueError("ModelConfig.gradient_sum = 'float32' in a pipeline is not built: take 'compute'")
-    S, V, L = stages_of_mesh(), pipeline.chunks, config.num_moe_layers if moe else config.num_dense_layers
-    pipeline.check_layers(S, L)
+    L = check_stack(config, pipeline, moe)
+    S, V = stages_of_mesh(), pipeline.chunks
     per = -(-L // (S * V))
     filled = S * V * per > L
     block: Any = rematerialised(Block, config)(
@@ -81,26 +76,50 @@ def pipelined_stack(
 
     # Recomputed by the layers' own rule once more, a tick at a time: else each tick would keep its chunk's weights.
     stage = jax.checkpoint(chunk, policy=remat_policy(config, _LAYER_IN), prevent_cse=False)
-    real = _by_stage(jnp.arange(L) < L, S, V)
-    low, wide = _regrouped(config, variables, _names(block, x_BTD, context), S, V)
+    real = by_stage(jnp.arange(L) < L, S, V)
+    low, wide = regrouped(config, variables, names_of(config, moe, x_BTD, context), S, V)
     y_BTD, stats = pipelined(stage, pipeline, (low, wide, real), x_BTD, context)
-    return y_BTD, _together(stats, L, context.valid) if moe else None
+    if not moe:
+        return y_BTD, None
+    counted_M = counted_tokens(context.valid, pipeline.microbatches)
+    return y_BTD, together(jax.tree.map(lambda x: by_layer(x, L), stats), counted_M)
 
 
-def _by_stage(x: Array, S: int, V: int) -> Array:
+def check_stack(config: ModelConfig, pipeline: Pipeline, moe: bool) -> int:
+    """How many layers go through the pipeline.
+
+    Raises:
+        ValueError: see `pipelined_stack`.
+    """
+    if config.remat == "offload":
+        raise ValueError("remat = 'offload' in a pipeline is not built: take 'full'")
+    if config.gradient_sum == "float32":
+        raise ValueError("ModelConfig.gradient_sum = 'float32' in a pipeline is not built: take 'compute'")
+    layers = config.num_moe_layers if moe else config.num_dense_layers
+    pipeline.check_layers(stages_of_mesh(), layers)
+    return layers
+
+
+def by_stage(x: Array, S: int, V: int) -> Array:
     """[L, …] -> [S, V, ⌈L / (S V)⌉, …], filled up with zeros: chunk c of the layers is chunk c div S of stage c mod S."""
     per = -(-x.shape[0] // (S * V))
     x = jnp.pad(x, [(0, S * V * per - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(V, S, per, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _names(block: nn.Module, x_BTD: Array, context: Context) -> Any:
+def names_of(config: ModelConfig, moe: bool, x_BTD: Array, context: Context) -> Any:
     """Logical axes of a layer's variables."""
+    block: Any = Block(config, moe=moe, parent=None)
     boxed = jax.eval_shape(block.init, jax.random.key(0), x_BTD, context)
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
-def _regrouped(config: ModelConfig, variables: Any, names: Any, S: int, V: int) -> tuple[Any, Any]:
+def low_dtype(config: ModelConfig, leaf: Array, axes: Names) -> Any:
+    """The dtype that layers read a weight in."""
+    return leaf.dtype if set(axes) & _EXACT else config.dtype
+
+
+def regrouped(config: ModelConfig, variables: Any, names: Any, S: int, V: int) -> tuple[Any, Any]:
     """Each weight at its stage [S, V, ⌈L / (S V)⌉, …], in the dtype that layers compute in, and again in float32.
 
     The second never exists in the forward pass: it is where the gradients go.
@@ -108,10 +127,10 @@ def _regrouped(config: ModelConfig, variables: Any, names: Any, S: int, V: int) 
 
     def at_stage(leaf: Array, axes: Names, dtype: Any) -> Array:
         leaf = shard(leaf.astype(dtype), "layers", *axes)  # cast first: half the bytes travel
-        return shard(_by_stage(leaf, S, V), "stages", "none", "layers", *axes)
+        return shard(by_stage(leaf, S, V), "stages", "none", "layers", *axes)
 
     def low(leaf: Array, axes: Names) -> Array:
-        return lax.stop_gradient(at_stage(leaf, axes, leaf.dtype if set(axes) & _EXACT else config.dtype))
+        return lax.stop_gradient(at_stage(leaf, axes, low_dtype(config, leaf, axes)))
 
     def wide(leaf: Array, axes: Names) -> Array:
         return at_stage(leaf, axes, at_least_float32(config.dtype))
@@ -119,24 +138,36 @@ def _regrouped(config: ModelConfig, variables: Any, names: Any, S: int, V: int) 
     return jax.tree.map(low, variables, names), jax.tree.map(wide, variables, names)
 
 
-def _together(stats: RouterStats, L: int, valid_BT: Array) -> RouterStats:
-    """Statistics [S, V, M, layers of a chunk, …] of microbatches as those of the layers [L, …] over the whole piece."""
+def by_layer(x: Array, L: int) -> Array:
+    """Of the stages' statistics [S, V, M, layers of a chunk, …] those of the layers: [L, M, …]."""
+    x = jnp.moveaxis(x, (1, 0, 3), (0, 1, 2))
+    return x.reshape(-1, *x.shape[3:])[:L]
 
-    def layers(x: Array) -> Array:
-        x = jnp.moveaxis(x, (1, 0, 3), (0, 1, 2))
-        return x.reshape(-1, *x.shape[3:])[:L]  # [L, M, …]
 
-    def sequences(x: Array) -> Array:
-        x_LMR, S = layers(x), stages_of_mesh()
-        return joined(jnp.moveaxis(x_LMR, 0, -1).reshape(S, -1, x_LMR.shape[2], L)).T
+def counted_tokens(valid_BT: Array, M: int) -> Array:
+    """How many tokens each microbatch counts, int32 [M]."""
+    return cut(valid_BT, M).sum(axis=(2, 3)).T.reshape(M)
 
-    M = stats.entropy.shape[2]
-    counted_M = cut(valid_BT, M).sum(axis=(2, 3)).reshape(M).astype(stats.entropy.dtype)
+
+def together(stats: RouterStats, counted: Array) -> RouterStats:
+    """Statistics of microbatches [L, M, …] as those of the whole piece [L, …].
+
+    Args:
+        stats: of the microbatches.
+        counted: [M] or [L, M], tokens that each one counts.
+    """
+
+    def sequences(x_LMR: Array) -> Array:
+        L, _, R = x_LMR.shape
+        at_home = jnp.moveaxis(x_LMR, 0, -1).reshape(-1, stages_of_mesh(), R, L)  # [M / S, S, R, L]
+        return joined(at_home.swapaxes(0, 1)).T
+
+    counted = counted.astype(stats.entropy.dtype)
     return RouterStats(
-        load=layers(stats.load).sum(axis=1),
+        load=stats.load.sum(axis=1),
         balance_loss={name: sequences(loss) for name, loss in stats.balance_loss.items()},
-        entropy=(layers(stats.entropy) * counted_M).sum(axis=1) / jnp.maximum(counted_M.sum(), 1),
-        dropped=layers(stats.dropped).sum(axis=1),
-        overflow=layers(stats.overflow).sum(axis=1),
+        entropy=(stats.entropy * counted).sum(axis=1) / jnp.maximum(counted.sum(axis=-1), 1),
+        dropped=stats.dropped.sum(axis=1),
+        overflow=stats.overflow.sum(axis=1),
         valid_sequences=sequences(stats.valid_sequences),
     )

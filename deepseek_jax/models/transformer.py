@@ -1,7 +1,7 @@
 """The model: embedding, leading dense layers, MoE layers, final norm, head, multi-token prediction modules."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,18 @@ from deepseek_jax.parallel.pipeline import Pipeline, stages_of_mesh
 from deepseek_jax.parallel.ring import check_length, natural, zigzag
 from deepseek_jax.parallel.rules import degree, unbox
 from deepseek_jax.types import Array, HiddenOutput, ModelOutput, RouterStats
+
+
+class Entry(NamedTuple):
+    """What comes before the long stack of layers, and what `DeepSeek.leave` reads besides their result."""
+
+    x: Array
+    """[B, T, D], what comes into the stack."""
+    context: Context
+    following: Array | None
+    """[depth, B, T, D], embeddings of the tokens k places on; None where there are no multi-token modules."""
+    valid: Array | None
+    """Bool [depth, B, T]: places with a target at that depth."""
 
 
 class DeepSeek(nn.Module):
@@ -100,32 +112,52 @@ class DeepSeek(nn.Module):
         with `experts`.
         """
         c = self.config
-        context = self._context(tokens, positions, segment_ids, train)
         if experts is not None:
             experts = self._recorded(experts, tokens)
-        x_BTD, router = self.embed(_split(tokens)), {}
+        entry, router = self.enter(tokens, positions, segment_ids, train), {}
+        x_BTD = entry.x
         if pipeline is not None and stages_of_mesh() > 1:
-            x_BTD, router = self._pipelined(pipeline, x_BTD, context, experts)
-        else:
-            if c.num_dense_layers:
-                x_BTD, _ = self.dense_layers(x_BTD, context)
-            if c.num_moe_layers:
-                x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, context, None, experts)
-        hidden_BTD = self.final_norm(x_BTD)
-        depth = c.num_nextn_predict_layers
-        mtp_hidden = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
-        if depth:
-            shifts = range(1, depth + 1)
-            # Ids are shifted, not embeddings: those of the next shard's tokens would have to be sent.
-            following = jnp.stack([self.embed(_split(jnp.roll(tokens, -k, axis=1))) for k in shifts])
-            present = _present(tokens, segment_ids)
-            valid = jnp.stack([_split(valid_after_shift(present, segment_ids, k)) for k in shifts])
-            _, (mtp_hidden, stats, _) = self.mtp(hidden_BTD, following, valid, context)
-            if stats is not None:
-                router["mtp"] = stats
+            x_BTD, router = self._pipelined(pipeline, x_BTD, entry.context, experts)
+        elif c.num_moe_layers:
+            x_BTD, (router["moe_layers"], _) = self.moe_layers(x_BTD, entry.context, None, experts)
+        elif c.num_dense_layers:
+            x_BTD, _ = self.dense_layers(x_BTD, entry.context)
+        out = self.leave(entry._replace(x=x_BTD))
+        hidden_BTD, mtp_hidden = out.hidden, out.mtp_hidden
         if not zigzag_out:
             hidden_BTD = natural(hidden_BTD, "batch", "length", "act_embed")
-            mtp_hidden = natural(mtp_hidden, "none", "batch", "length", "act_embed") if depth else mtp_hidden
+            if c.num_nextn_predict_layers:
+                mtp_hidden = natural(mtp_hidden, "none", "batch", "length", "act_embed")
+        return HiddenOutput(hidden=hidden_BTD, mtp_hidden=mtp_hidden, router={**router, **out.router})
+
+    def enter(
+        self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None, train: bool = False
+    ) -> Entry:
+        """What comes before the long stack of layers, the MoE layers (without any, the dense ones): embeddings, a MoE
+        model's leading dense layers. Arguments as in `__call__`."""
+        c = self.config
+        context = self._context(tokens, positions, segment_ids, train)
+        x_BTD = self.embed(_split(tokens))
+        if c.num_dense_layers and c.num_moe_layers:
+            x_BTD, _ = self.dense_layers(x_BTD, context)
+        if not c.num_nextn_predict_layers:
+            return Entry(x_BTD, context, None, None)
+        shifts = range(1, c.num_nextn_predict_layers + 1)
+        # Ids are shifted, not embeddings: those of the next shard's tokens would have to be sent.
+        following = jnp.stack([self.embed(_split(jnp.roll(tokens, -k, axis=1))) for k in shifts])
+        present = _present(tokens, segment_ids)
+        valid = jnp.stack([_split(valid_after_shift(present, segment_ids, k)) for k in shifts])
+        return Entry(x_BTD, context, following, valid)
+
+    def leave(self, entry: Entry) -> HiddenOutput:
+        """What comes after the stack, `entry.x` being its result: final norm, multi-token modules. The statistics are those
+        of the latter; places are in the order of `parallel.ring.zigzag`."""
+        hidden_BTD = self.final_norm(entry.x)
+        if not self.config.num_nextn_predict_layers:
+            nothing = jnp.zeros((0, *hidden_BTD.shape), hidden_BTD.dtype)
+            return HiddenOutput(hidden=hidden_BTD, mtp_hidden=nothing, router={})
+        _, (mtp_hidden, stats, _) = self.mtp(hidden_BTD, entry.following, entry.valid, entry.context)
+        router = {} if stats is None else {"mtp": stats}
         return HiddenOutput(hidden=hidden_BTD, mtp_hidden=mtp_hidden, router=router)
 
     def begin(self, tokens: Array, positions: Array, fresh: bool) -> tuple[Array, Context]:
@@ -158,8 +190,6 @@ class DeepSeek(nn.Module):
         if not self.config.num_moe_layers:
             x, _ = pipelined_stack(self.config, pipeline, self.dense_layers.variables, x, context, moe=False)
             return x, {}
-        if self.config.num_dense_layers:
-            x, _ = self.dense_layers(x, context)
         x, stats = pipelined_stack(self.config, pipeline, self.moe_layers.variables, x, context, moe=True)
         assert stats is not None
         return x, {"moe_layers": stats}

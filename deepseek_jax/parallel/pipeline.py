@@ -5,15 +5,17 @@ to the next stage (collective-permute). With V chunks a stage (Megatron-LM's int
 arXiv 2104.04473, section 2.2) chunk c lies on stage c mod S, a microbatch goes round V times, and S of them are on the way
 together: stage s does at tick t, with u = t − s, chunk (u mod S·V) div S of microbatch S·(u div S·V) + u mod S. Then a
 microbatch that comes round is taken up at once, and nobody keeps a queue. V = 1 is GPipe (Huang et al., arXiv 1811.06965).
-The backward pass is autodiff's: the same ticks in reverse order.
+The backward pass is autodiff's: the same ticks in reverse order. parallel/one_f_one_b.py has the schedule in which it begins
+before the last forward pass, and keeps less.
 
 No stage keeps the whole batch: its microbatches, and later their results, lie spread over the stages, M / S on each, and
-move one stage on at a time, so that stage 0 always finds its next one at home and the last stage a free place.
+move one stage on at a time, so that stage 0 always finds its next one at home and the last stage a free place. Microbatch m
+is at home on stage m mod S, at place m div S: the S that are on the way together have one each.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from deepseek_jax.parallel.rules import RULES, degree, shard
 from deepseek_jax.types import Array
 
 [AXIS] = RULES["stages"]
+_Schedule = Literal["gpipe", "1f1b"]
 StageFunction = Callable[[Any, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -35,8 +38,15 @@ class Pipeline:
     """In how many parts a piece is cut; a multiple of the stages."""
     chunks: int = 1
     """Runs of layers that each stage has. 1: GPipe; more: the interleaved schedule, whose bubble is that much smaller."""
+    schedule: _Schedule = "gpipe"
+    """When a microbatch goes back. "gpipe": after the last one's forward pass, so a stage keeps what `ModelConfig.remat` says
+    of all M. "1f1b": as soon as its group of S has a loss, so a stage keeps at most 3 S − 2 of them (of V chunks fewer than
+    (1.5 V + 2) S, each a V-th of a stage), and of a layer its input alone: it is worked out again whatever `remat`. The
+    bubble is the same."""
 
     def __post_init__(self) -> None:
+        if self.schedule not in get_args(_Schedule):
+            raise ValueError(f"Pipeline.schedule = {self.schedule!r}: must be one of {get_args(_Schedule)}")
         for name in ("microbatches", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Pipeline.{name} = {getattr(self, name)}: must be at least 1")
@@ -146,17 +156,19 @@ def pipelined(stage: StageFunction, pipeline: Pipeline, weights: Any, x: Array, 
         first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), (x, context))
         carry, ticks = lax.scan(run.tick, ((x, context), first, jnp.zeros_like(x)), jnp.arange(M * V + S - 1))
 
-        def in_order(ticks: Array) -> Array:
-            own = lax.dynamic_slice_in_dim(ticks, s, M * V).reshape(M // S, V, S, *ticks.shape[1:])
-            return jnp.moveaxis(own, 1, 0).reshape(V, M, *ticks.shape[1:])
-
-        return carry[2][None], jax.tree.map(lambda leaf: in_order(leaf)[None], ticks)
+        return carry[2][None], jax.tree.map(lambda leaf: in_order(leaf, s, S, V, M)[None], ticks)
 
     stream = jax.tree.map(lambda leaf: cut(leaf, M), (x, context))
     spec = jax.sharding.PartitionSpec(AXIS)
     mapped = jax.shard_map(local, in_specs=spec, out_specs=spec, axis_names={AXIS}, check_vma=False)
     out, statistics = mapped(jnp.arange(S), weights, stream)
     return shard(joined(out), *_names(x.ndim)), statistics
+
+
+def in_order(ticks: Array, s: Array, S: int, V: int, M: int) -> Array:
+    """What stage s made in the ticks of the forward pass, [M · V + S − 1, …], by chunk and microbatch: [V, M, …]."""
+    own = lax.dynamic_slice_in_dim(ticks, s, M * V).reshape(M // S, V, S, *ticks.shape[1:])
+    return jnp.moveaxis(own, 1, 0).reshape(V, M, *ticks.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -172,43 +184,67 @@ class _Stage:
 
     def tick(self, carry: tuple[Any, Any, Array], t: Array) -> tuple[tuple[Any, Any, Array], Any]:
         """One chunk of one microbatch. Carried: the stream of microbatches, what has come in, the stream of results."""
-        s, S, V, K = self.s, self.S, self.V, self.M // self.S
+        s, S, V = self.s, self.S, self.V
         stream, came, results = carry
-        # Stage 0 takes up a new microbatch, the others' places move up.
-        begins, place = (t % (S * V) < S) & (t < self.M * V), _number(t, S, V) % K
-        new = _read(stream, place)
-        stream = _write(stream, place, _choose(begins, self._send(new, -1), new))
-        x, context = _choose(begins & (s == 0), new, came)
+        begins, place = (t % (S * V) < S) & (t < self.M * V), number(t, S, V) // S
+        new, stream = taken(stream, place, begins)
+        x, context = choose(begins & (s == 0), new, came)
 
         u = jnp.maximum(t - s, 0)
         x, statistics = self.function(self.weights, u % (S * V) // S, x, context)
 
-        # The last stage puts down a result, the others' places move up.
-        last = t - (S - 1)
-        ends, place = (last >= 0) & (last % (S * V) // S == V - 1), _number(last, S, V) % K
-        old = _read(results, place)
-        moved = _choose(s == S - 1, x, self._send(old, -1))
-        results = _write(results, place, _choose(ends, moved, old))
-        return (stream, self._send((x, context), 1), results), statistics
-
-    def _send(self, tree: Any, way: int) -> Any:
-        """To the next stage, or the one before; the ends are joined."""
-        pairs = [(i, (i + way) % self.S) for i in range(self.S)]
-        return jax.tree.map(lambda leaf: lax.ppermute(leaf, AXIS, pairs), tree)
+        last = jnp.maximum(t - (S - 1), 0)
+        ends = (t >= S - 1) & (last % (S * V) // S == V - 1)
+        results = put(results, number(last, S, V) // S, x, ends)
+        return (stream, send((x, context), 1), results), statistics
 
 
-def _number(u: Array, S: int, V: int) -> Array:
-    """The microbatch of a stage that began u ticks ago; negative ones are nobody's."""
+def taken(stream: Any, place: Array, begins: Array) -> tuple[Any, Any]:
+    """What lies at a place of a stream [K, …], and the stream: where a stage takes it up, the others' move to it by one.
+
+    After S times all are at home again.
+    """
+    new = read(stream, place)
+    return new, write(stream, place, choose(begins, send(new, -1), new))
+
+
+def put(stream: Any, place: Array, value: Any, ends: Array) -> Any:
+    """A stream [K, …] in which, if `ends`, the last stage has put down `value` at a place, and the others' have moved on.
+
+    After S times each lies at its home.
+    """
+    old = read(stream, place)
+    moved = choose(lax.axis_index(AXIS) == stages_inside() - 1, value, send(old, -1))
+    return write(stream, place, choose(ends, moved, old))
+
+
+def stages_inside() -> int:
+    """Stages, asked inside the shard_map over them, where `stages_of_mesh` counts them no more."""
+    return lax.axis_size(AXIS)
+
+
+def send(tree: Any, way: int) -> Any:
+    """To the next stage, or the one before; the ends are joined."""
+    S = stages_inside()
+    pairs = [(i, (i + way) % S) for i in range(S)]
+    return jax.tree.map(lambda leaf: lax.ppermute(leaf, AXIS, pairs), tree)
+
+
+def number(u: Array, S: int, V: int) -> Array:
+    """The microbatch of a stage that began u ticks ago."""
     return u // (S * V) * S + u % S
 
 
-def _read(tree: Any, place: Array) -> Any:
+def read(tree: Any, place: Array) -> Any:
+    """What lies at a place of the leaves' first dim."""
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, place, 0, keepdims=False), tree)
 
 
-def _write(tree: Any, place: Array, value: Any) -> Any:
+def write(tree: Any, place: Array, value: Any) -> Any:
+    """The leaves with `value` at a place of their first dim."""
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, place, 0), tree, value)
 
 
-def _choose(condition: Array, then: Any, otherwise: Any) -> Any:
+def choose(condition: Array, then: Any, otherwise: Any) -> Any:
+    """`then` where the scalar `condition` holds, else `otherwise`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then, otherwise)

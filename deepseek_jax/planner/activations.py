@@ -109,9 +109,10 @@ def _attention(request: PlanRequest, of, heads: int) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def saved(request: PlanRequest, tensors: list[Tensor]) -> list[Tensor]:
-    """Those that the forward pass keeps for the backward pass, by `ModelConfig.remat`; where "offload", at the host."""
-    remat = request.model.remat
+def saved(request: PlanRequest, tensors: list[Tensor], stack: str) -> list[Tensor]:
+    """Those that the forward pass of a layer of `stack` keeps for the backward pass: by `ModelConfig.remat`, where "offload"
+    at the host, but in a 1F1B pipeline its input alone."""
+    remat = "full" if request.one_f_one_b and stack == request.piped_stack else request.model.remat
     if remat == "none":
         return [t for t in tensors if t.read]
     return [t for t in tensors if t.name == "block_in" or (remat == "v3" and t.name in V3_SAVED)]

@@ -211,7 +211,9 @@ def flops_of(request: PlanRequest) -> Flops:
     if not request.trains:
         return Flops(forward=forward, backward=0.0, recomputed=0.0, attention=attention)
     whole = forward - parts["head"]
-    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(request)}[model.remat]
+    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(request)}[
+        "full" if request.one_f_one_b else model.remat
+    ]
     if request.step == "grpo":  # the reference's log-probabilities are one more forward pass
         recomputed += forward
     return Flops(forward=forward, backward=2 * forward, recomputed=recomputed, attention=attention)
@@ -264,7 +266,7 @@ def hbm_bytes(request: PlanRequest) -> float:
     for stack, layers in counts.items():
         if layers:
             tensors = layer_tensors(request, stack != "dense_layers" and moe > 0)
-            again = sum(t.bytes for t in tensors) - sum(t.bytes for t in saved(request, tensors))
+            again = sum(t.bytes for t in tensors) - sum(t.bytes for t in saved(request, tensors, stack))
             # Written and read once forward, read and a gradient written and read backward, what is redone once more.
             activations += layers * (5 * sum(t.bytes for t in tensors) + 2 * again)
     return optimizer + moved + request.run.accumulation * activations

@@ -43,7 +43,8 @@ def make_request(
     fields: Sequence[str] = (),
 ) -> PlanRequest:
     """The request that these words mean. What is not given is what the run says, or for a model: 4,096 tokens (or as many
-    as it takes), one sequence for each shard of the batch, all devices along fsdp. `fields` are those of the model to change,
+    as it takes), one sequence for each shard of the batch, all devices along fsdp. `schedule`: the pipeline's, of "gpipe" and
+    "1f1b"; of another that is not built the idle time is counted. `fields` are those of the model to change,
     such as ("num_hidden_layers=4",).
 
     Raises:
@@ -78,6 +79,8 @@ def make_request(
     run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)
     if microbatches is not None:
         run = replace(run, pipeline=Pipeline(microbatches=microbatches, chunks=chunks))
+    if schedule in ("gpipe", "1f1b") and run.pipeline is not None:  # which are built: its memory is planned too
+        run, schedule = replace(run, pipeline=replace(run.pipeline, schedule=schedule)), None
     run = changed(run, remat=remat, moments=moments, moments_on=moments_on, mtp=mtp, dtype=param_dtype)
     return PlanRequest(run=run, topology=topology, step=step, schedule=schedule, tokens=tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepseek_jax.config import MoE
 from deepseek_jax.layers.cache import cache_shapes
@@ -128,13 +128,21 @@ def _gradients(request: PlanRequest, parts: dict[str, int]) -> Iterable[Buffer]:
 
 
 def _stage(request: PlanRequest, found: tuple[Leaf, ...], wide: int) -> Iterable[Buffer]:
-    """What a pipeline's stage holds of its layers beside the stored shards: a copy to compute with, its gradient."""
-    if request.run.pipeline is None or request.degrees["stage"] == 1:
+    """What a pipeline's stage holds of its layers beside the stored shards: a copy to compute with, its gradient. In 1F1B
+    also of what follows them, on every stage, and gradients from the first loss on."""
+    stages, item = request.degrees["stage"], ITEM[request.model.dtype]
+    if request.run.pipeline is None or stages == 1:
         return
-    stack = "moe_layers" if request.model.num_moe_layers else "dense_layers"
-    count = sum(stored(leaf, request.degrees) for leaf in found if leaf.stack == stack)
-    yield Buffer("layers of a stage", "weights in use", count * ITEM[request.model.dtype], PHASES[:3])
-    yield Buffer("gradients of the layers of a stage", "gradients", count * wide, ("backward",))
+    count = sum(stored(leaf, request.degrees) for leaf in found if leaf.stack == request.piped_stack)
+    when = ("loss", "backward") if request.one_f_one_b else ("backward",)
+    yield Buffer("layers of a stage", "weights in use", count * item, PHASES[:3])
+    yield Buffer("gradients of the layers of a stage", "gradients", count * wide, when)
+    if request.one_f_one_b:
+        head = _head(request)
+        behind = [leaf for leaf in found if leaf.stack == "mtp" or leaf is head]
+        count = stages * sum(stored(leaf, request.degrees) for leaf in behind)
+        yield Buffer("head and multi-token modules of all stages", "weights in use", count * item, PHASES[:3])
+        yield Buffer("their gradients", "gradients", count * wide, when)
 
 
 def _stacks(request: PlanRequest) -> list[tuple[str, int, bool]]:
@@ -148,13 +156,12 @@ def _stacks(request: PlanRequest) -> list[tuple[str, int, bool]]:
 
 def _activations(request: PlanRequest) -> Iterable[Buffer]:
     item, tokens = ITEM[request.model.dtype], request.rows * request.length
-    # Stages work, and save, in the ticks too in which they have nothing of the batch.
-    ticks = 1 / (1 - request.idle_share)
     for name, layers, moe in _stacks(request):
-        for tensor in saved(request, layer_tensors(request, moe)):
+        share = request.rows_kept(name) / request.rows
+        for tensor in saved(request, layer_tensors(request, moe), name):
             part = "saved expert rows" if tensor.expert else "saved activations"
             when = ("forward", "loss", "backward")
-            size = int(layers * tensor.bytes * ticks)
+            size = int(layers * tensor.bytes * share)
             yield Buffer(
                 f"{tensor.name} of {layers} {name}", part, size, when, on_host=request.model.remat == "offload"
             )
@@ -187,9 +194,12 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
     else:
         one = max((max(gathered(name)) for name, _, _ in stacks), default=0)
         yield Buffer("weights of one layer in the compute dtype", "weights in use", one, ("forward", "backward"))
-    works = [layer_tensors(request, moe) for _, _, moe in stacks]
-    largest = max(works, key=lambda tensors: sum(t.bytes for t in tensors))
-    again = [t for t in largest if t.read and t not in saved(request, largest)]
+    works = []
+    for name, _, moe in stacks:
+        share = request.rows_in_use(name) / request.rows
+        works.append(([replace(t, bytes=t.bytes * share) for t in layer_tensors(request, moe)], name))
+    largest, stack = max(works, key=lambda work: sum(t.bytes for t in work[0]))
+    again = [t for t in largest if t.read and t not in saved(request, largest, stack)]
     yield from _work("recomputed", again)
     yield from _work("gradients of", _cotangents(largest))
 
@@ -213,12 +223,10 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     model, degrees = request.model, request.degrees
     chunk = min(max(request.run.loss_chunk // request.split("length"), 1), request.length)
     words = model.vocab_size / request.split("act_vocab")
-    logits = request.rows * chunk * words * 4
+    logits = request.rows_in_use(None) * chunk * words * 4
     yield Buffer("logits of a chunk", "loss", int(logits), ("loss",))
     yield Buffer("their probabilities and gradients", "loss", int(1.5 * logits), ("loss",))
-    head = next((leaf for leaf in leaves(model) if leaf.part == "head"), None)
-    head = head or next(leaf for leaf in leaves(model) if leaf.part == "embedding")
-    whole = used(head, degrees)
+    whole = used(_head(request), degrees)
     several = request.topology.devices > 1
     # Compiled programs hold what is gathered, and what is added up, once more on its way; the latter for every depth.
     depths = 1 + (model.num_nextn_predict_layers if request.step == "train" else 0)
@@ -227,6 +235,12 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     if several:
         rows = request.rows * request.length * model.hidden_size  # a device's own, on their way to it
         yield Buffer("embedded tokens, exchanged", "embedding in use", rows * 4, ("forward", "backward"))
+
+
+def _head(request: PlanRequest) -> Leaf:
+    """The head's weight; the embedding where they are tied."""
+    found = {leaf.part: leaf for leaf in leaves(request.model)}
+    return found.get("head") or found["embedding"]
 
 
 def cache_bytes(request: PlanRequest) -> dict[str, int]:

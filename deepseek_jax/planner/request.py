@@ -15,6 +15,7 @@ from deepseek_jax.hardware import Device
 from deepseek_jax.layers.expert_parallel import Exchange
 from deepseek_jax.parallel.bubbles import Schedule, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.parallel.one_f_one_b import places
 from deepseek_jax.parallel.ring import check_length
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.topology import Topology
@@ -36,7 +37,7 @@ class PlanRequest:
     topology: Topology
     step: Step = "train"
     schedule: Schedule | None = None
-    """Whose idle time to count where `run.pipeline` is there; None: the one that is built, GPipe or interleaved."""
+    """Whose idle time to count where `run.pipeline` is there; None: that of the pipeline itself."""
     tokens: float | None = None
     """To train on, or to serve; for hours and money."""
 
@@ -106,6 +107,37 @@ class PlanRequest:
             return 0.0
         schedule = self.schedule or ("gpipe" if pipeline.chunks == 1 else "interleaved")
         return idle_share(schedule, stages, pipeline.microbatches, pipeline.chunks)
+
+    @property
+    def piped_stack(self) -> str:
+        """The loop over layers that a pipeline is made of."""
+        return "moe_layers" if self.model.num_moe_layers else "dense_layers"
+
+    @property
+    def one_f_one_b(self) -> bool:
+        """Whether what is planned is a training step through a 1F1B pipeline."""
+        pipeline = self.run.pipeline
+        return (
+            self.step == "train" and pipeline is not None and pipeline.schedule == "1f1b" and self.degrees["stage"] > 1
+        )
+
+    def rows_in_use(self, stack: str | None) -> float:
+        """Sequences of a device that a layer of a stack (None: head and losses) works on at once: all, or a microbatch's."""
+        pipeline, stages = self.run.pipeline, self.degrees["stage"]
+        piped = stack == self.piped_stack or (self.one_f_one_b and stack in (None, "mtp"))
+        if not piped or not self.trains or pipeline is None or stages == 1:
+            return self.rows
+        return self.rows * stages / pipeline.microbatches
+
+    def rows_kept(self, stack: str) -> float:
+        """Sequences of a device for which a stack keeps what the backward pass reads."""
+        pipeline, stages = self.run.pipeline, self.degrees["stage"]
+        if not self.one_f_one_b or pipeline is None:
+            # Stages work, and save, in the ticks too in which they have nothing of the batch.
+            return self.rows / (1 - self.idle_share)
+        if stack == self.piped_stack:
+            return self.rows * sum(places(stages, pipeline.chunks)) / (pipeline.chunks * pipeline.microbatches)
+        return self.rows_in_use(stack)
 
     @property
     def rows(self) -> int:

@@ -118,7 +118,9 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
     if on_host := memory_of(request).host:  # there and back; both ways at once where the link can
         assert request.device.host_link
         yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
-    yield from _layers(request, passes=4 if run.model.remat in ("full", "offload") else 3, pieces=pieces)
+    yield from _layers(
+        request, passes=4 if request.one_f_one_b or run.model.remat in ("full", "offload") else 3, pieces=pieces
+    )
 
 
 def _layers(request: PlanRequest, passes: int, pieces: int) -> Iterable[Collective]:

@@ -5,6 +5,7 @@ from the whole batch first: accumulation, packing and sharding cannot change it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ from jax import lax
 
 from deepseek_jax.layers.context import valid_after_shift
 from deepseek_jax.layers.weights import at_least_float32
+from deepseek_jax.models.one_f_one_b import pipelined_objective
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel.exchange import gather_weight, scattered_sum
+from deepseek_jax.parallel.pipeline import stages_of_mesh
 from deepseek_jax.parallel.ring import zigzag
 from deepseek_jax.parallel.rules import axes_of, degree, sharded_map
-from deepseek_jax.types import Array, RouterStats
+from deepseek_jax.types import Array, HiddenOutput, RouterStats
 
 
 def cross_entropy_sum(
@@ -262,16 +265,44 @@ def loss_parts(
         mtp_loss_weight: λ.
         train: drop tokens beyond capacity where the member does so.
     """
-    model = DeepSeek(config.model)
+    model, pipeline = DeepSeek(config.model), config.pipeline
     depth = config.model.num_nextn_predict_layers
     variables = {"params": params, **({"router": router} if router else {})}
     segment_ids = batch.get("segment_ids")
-    out = model.apply(
-        variables, batch["tokens"][:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1],
-        train=train, zigzag_out=True, pipeline=config.pipeline, method="hidden",
-    )  # fmt: skip
+    arguments: dict[str, Any] = dict(
+        tokens=batch["tokens"][:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1], train=train
+    )
     w_DW = model.apply(variables, method="head_kernel")
     targets = jax.tree.map(lambda x: zigzag(x, "none", "batch", "length"), make_targets(batch, depth))
+
+    def objective(out: HiddenOutput, w_DW: Array, targets: Targets, shared: tuple[Totals, Array | float]) -> Any:
+        return _objective(config, out, w_DW, targets, *shared)
+
+    if pipeline is None or pipeline.schedule == "gpipe" or stages_of_mesh() == 1:
+        out = model.apply(variables, **arguments, zigzag_out=True, pipeline=pipeline, method="hidden")
+        total, losses = objective(out, w_DW, targets, (totals, mtp_loss_weight))
+        return total, replace(losses, router=out.router)
+    entry = model.apply(variables, **arguments, method="enter")
+    shared = jax.tree.map(jnp.asarray, (totals, mtp_loss_weight))
+    total, losses, stats = pipelined_objective(
+        config.model, pipeline, objective, variables, w_DW, entry, targets, shared, totals.sequences["moe_layers"]
+    )
+    if "moe_layers" in stats:  # those of the tail are in already
+        losses = replace(losses, balance=losses.balance + _balance(stats["moe_layers"], totals.sequences["moe_layers"]))
+    return total, replace(losses, router=stats)
+
+
+def _balance(stats: RouterStats, sequences: Array) -> Array:
+    """Balance losses of some layers as means over `sequences`, a number for all layers or one for each."""
+    losses = [(loss_LB.sum(axis=1) / sequences).sum() for loss_LB in stats.balance_loss.values()]
+    return sum(losses, jnp.zeros((), sequences.dtype))
+
+
+def _objective(
+    config: Any, out: HiddenOutput, w_DW: Array, targets: Targets, totals: Totals, mtp_loss_weight: Array | float
+) -> tuple[Array, Losses]:
+    """Objective of the states of some sequences and of the routers that `out` has; without statistics."""
+    depth = config.model.num_nextn_predict_layers
 
     def mean(k: int, hidden: Array) -> Array:
         weights = targets.counted[k].astype(totals.tokens.dtype)
@@ -281,11 +312,9 @@ def loss_parts(
     mtp = (
         jnp.stack([mean(k, out.mtp_hidden[k - 1]) for k in range(1, depth + 1)]) if depth else jnp.zeros(0, main.dtype)
     )
-    balance = jnp.zeros((), main.dtype)
-    for name, stats in out.router.items():
-        for loss_LB in stats.balance_loss.values():
-            balance += (loss_LB.sum(axis=1) / totals.sequences[name]).sum()
+    balances = (_balance(stats, totals.sequences[name]) for name, stats in out.router.items())
+    balance = sum(balances, jnp.zeros((), main.dtype))
     total = main + balance
     if depth:
         total += mtp_loss_weight / depth * mtp.sum()
-    return total, Losses(main=main, mtp=mtp, balance=balance, router=out.router)
+    return total, Losses(main=main, mtp=mtp, balance=balance, router={})
