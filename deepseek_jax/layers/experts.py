@@ -83,7 +83,8 @@ def _weighed_fwd(out_PD: Array, weights_MX: Array, order_P: Array, place_MX: Arr
 def _weighed_bwd(residuals: tuple[Array, Array, Array, Array], d_MD: Array):
     out_PD, weights_MX, order_P, place_MX = residuals
     wide = weights_MX.dtype
-    d_PD = d_MD[order_P // place_MX.shape[1]]  # in the dtype of the results: widened, it would be twice as much
+    # Behind a barrier: else the TPU compiler widens both before it moves them, and holds all pairs in float32.
+    d_PD, out_PD = lax.optimization_barrier((d_MD[order_P // place_MX.shape[1]], out_PD))
     by_weight_P = (d_PD.astype(wide) * out_PD.astype(wide)).sum(axis=1)
     by_out_PD = d_PD.astype(wide) * weights_MX.reshape(-1)[order_P][:, None]
     return by_out_PD.astype(out_PD.dtype), _rows(by_weight_P, place_MX), None, None
