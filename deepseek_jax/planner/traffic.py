@@ -115,7 +115,8 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         copies = (leaf for leaf in trained(request) if not any(axis in RULES[name] for name in leaf.names))
         kept = sum(stored(leaf, degrees) for leaf in copies) * max(param, 4)
         yield _one(request, f"gradients summed over {axis}", (axis,), 2 * kept * (n - 1) / n)
-    if on_host := memory_of(request).host:  # there and back; both ways at once where the link can
+    if run.moments_on == "host" or model.remat == "offload":  # there and back; both ways at once where the link can
+        on_host = memory_of(request).host
         assert request.device.host_link
         yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
     yield from _layers(
