@@ -92,7 +92,15 @@ def _from_host(adam: optax.GradientTransformation) -> optax.GradientTransformati
             return updates, jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), kept)
 
         def stack(part: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Any]]:
-            return lax.scan(lambda _, layer: (None, step(layer)), None, part)[1]
+            # Written where it was read: updates over the gradients, moments over the old ones.
+            def layer(i: Array, part: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+                updates, moments = step(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), part))
+                return jax.tree.map(
+                    lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0), part, (updates, *moments)
+                )
+
+            updates, *moments = lax.fori_loop(0, len(jax.tree.leaves(part)[0]), layer, part)
+            return updates, tuple(moments)
 
         done = {
             name: (stack if name in _STACKS else step)((part, state.mu[name], state.nu[name]))
