@@ -96,7 +96,7 @@ def _training(request: PlanRequest) -> Iterable[Buffer]:
     moment = wide if run.optimizer.moment_dtype == "float32" else 2
     found = trained(request)
 
-    def all_of(itemsize: int) -> dict[str, int]:
+    def all_of(itemsize: int, found: Iterable[Leaf] = found) -> dict[str, int]:
         return _by_part(found, lambda leaf: stored(leaf, degrees) * itemsize)
 
     for part, size in all_of(param).items():
@@ -111,18 +111,20 @@ def _training(request: PlanRequest) -> Iterable[Buffer]:
     if isinstance(model.ffn, MoE) and model.ffn.topk_method == "noaux_tc":
         layers = model.num_moe_layers + model.num_nextn_predict_layers
         yield Buffer("selection bias", "parameters", 4 * layers * model.ffn.n_routed_experts)
-    yield from _gradients(request, all_of(wide))
+    piped = [leaf for leaf in found if leaf.stack and leaf.stack == request.piped_stack]
+    yield from _gradients(request, all_of(wide, [leaf for leaf in found if leaf not in piped]), all_of(wide, piped))
     yield from _stage(request, found, wide)
     yield from _activations(request)
     yield from _layer(request, found)
     yield from _loss(request)
 
 
-def _gradients(request: PlanRequest, parts: dict[str, int]) -> Iterable[Buffer]:
+def _gradients(request: PlanRequest, parts: dict[str, int], piped: dict[str, int]) -> Iterable[Buffer]:
+    """`piped`: of a pipeline's layers, which come to where they are stored when the stages have added them up."""
     several = request.run.accumulation > 1
-    when = PHASES if several else ("backward", "update")
-    for part, size in parts.items():
-        yield Buffer(f"gradients: {part}", "gradients", size, when)
+    for found, when in ((parts, ("backward", "update")), (piped, ("update",))):
+        for part, size in found.items():
+            yield Buffer(f"gradients: {part}", "gradients", size, PHASES if several else when)
     if several:
         yield Buffer("gradients of one piece", "gradients", sum(parts.values()), ("backward",))
 
@@ -131,7 +133,7 @@ def _stage(request: PlanRequest, found: tuple[Leaf, ...], wide: int) -> Iterable
     """What a pipeline's stage holds of its layers beside the stored shards: a copy to compute with, its gradient. In 1F1B
     also of what follows them, on every stage, and gradients from the first loss on."""
     stages, item = request.degrees["stage"], ITEM[request.model.dtype]
-    if request.run.pipeline is None or stages == 1:
+    if request.piped_stack is None:
         return
     count = sum(stored(leaf, request.degrees) for leaf in found if leaf.stack == request.piped_stack)
     when = ("loss", "backward") if request.one_f_one_b else ("backward",)
@@ -183,8 +185,10 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
 
     stacks = _stacks(request)
     if model.dtype != model.param_dtype:
-        # The compiler takes the cast out of the loop over layers: a copy of every shard, from the forward pass on.
-        cast = sum(stored(leaf, degrees) for leaf in found if leaf.stack and not leaf.wide) * compute
+        # The compiler takes the cast out of the loop over layers: a copy of every shard, from the forward pass on. Those of
+        # a pipeline go to their stages at once.
+        loops = {name for name, _, _ in stacks} - {request.piped_stack}
+        cast = sum(stored(leaf, degrees) for leaf in found if leaf.stack in loops and not leaf.wide) * compute
         yield Buffer("stored weights in the compute dtype", "weights in use", cast, PHASES[:3])
     if request.topology.devices > 1:
         weights = max((sum(gathered(name)) for name, _, _ in stacks), default=0)

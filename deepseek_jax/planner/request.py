@@ -109,34 +109,34 @@ class PlanRequest:
         return idle_share(schedule, stages, pipeline.microbatches, pipeline.chunks)
 
     @property
-    def piped_stack(self) -> str:
-        """The loop over layers that a pipeline is made of."""
+    def piped_stack(self) -> str | None:
+        """The loop over layers that runs as a pipeline; None where none does."""
+        if self.run.pipeline is None or self.degrees["stage"] == 1 or not self.trains:
+            return None
         return "moe_layers" if self.model.num_moe_layers else "dense_layers"
 
     @property
     def one_f_one_b(self) -> bool:
         """Whether what is planned is a training step through a 1F1B pipeline."""
         pipeline = self.run.pipeline
-        return (
-            self.step == "train" and pipeline is not None and pipeline.schedule == "1f1b" and self.degrees["stage"] > 1
-        )
+        return pipeline is not None and self.piped_stack is not None and pipeline.schedule == "1f1b"
 
     def rows_in_use(self, stack: str | None) -> float:
         """Sequences of a device that a layer of a stack (None: head and losses) works on at once: all, or a microbatch's."""
-        pipeline, stages = self.run.pipeline, self.degrees["stage"]
-        piped = stack == self.piped_stack or (self.one_f_one_b and stack in (None, "mtp"))
-        if not piped or not self.trains or pipeline is None or stages == 1:
+        by_microbatch = {self.piped_stack, "mtp", None} if self.one_f_one_b else {self.piped_stack} - {None}
+        if self.run.pipeline is None or stack not in by_microbatch:
             return self.rows
-        return self.rows * stages / pipeline.microbatches
+        return self.rows * self.degrees["stage"] / self.run.pipeline.microbatches
 
     def rows_kept(self, stack: str) -> float:
         """Sequences of a device for which a stack keeps what the backward pass reads."""
-        pipeline, stages = self.run.pipeline, self.degrees["stage"]
+        pipeline = self.run.pipeline
         if not self.one_f_one_b or pipeline is None:
             # Stages work, and save, in the ticks too in which they have nothing of the batch.
             return self.rows / (1 - self.idle_share)
         if stack == self.piped_stack:
-            return self.rows * sum(places(stages, pipeline.chunks)) / (pipeline.chunks * pipeline.microbatches)
+            kept = sum(places(self.degrees["stage"], pipeline.chunks))
+            return self.rows * kept / (pipeline.chunks * pipeline.microbatches)
         return self.rows_in_use(stack)
 
     @property
