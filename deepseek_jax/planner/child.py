@@ -46,6 +46,8 @@ def main(dumps: str, result: str) -> None:
                 "alias_size",
                 "temp_size",
                 "generated_code_size",
+                "host_argument_size",
+                "host_temp_size",
             )
         }
     except jax.errors.JaxRuntimeError as error:
