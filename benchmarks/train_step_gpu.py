@@ -5,7 +5,7 @@ with 16 heads, 16 experts of 1408, 6 a token, 2 shared, vocabulary 102,400, 4,09
 gradients and moments in bfloat16 there, so here too.
 
     python benchmarks/train_step_gpu.py --batch 4 --remat none v3
-    python benchmarks/train_step_gpu.py --batch 4 --mesh expert=2 --exchange ragged ring
+    python benchmarks/train_step_gpu.py --batch 4 --mesh expert=2 --exchange ragged ring [--buffer 1.25]
 
 With `--mesh` the batch is that of a device, and dense weights are sharded over all axes of the mesh.
 """
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--mesh", default="data=1", help="such as fsdp=2,expert=2")
     parser.add_argument("--exchange", nargs="+", default=["ragged"], help="of tokens between experts: ragged, ring")
     parser.add_argument("--buffer", type=float, help="places for what comes to an expert's device, over its even share")
+    parser.add_argument("--moments-on", choices=("device", "host"), default="device")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--remat", nargs="+", default=["none"])
@@ -64,7 +65,7 @@ def main() -> None:
         run = RunConfig(
             optimizer=AdamW(moment_dtype="bfloat16"),
             model=config, schedule=MultiStep(peak=1e-4), steps=1000, batch_size=batch, seq_len=options.length,
-            data=DataConfig(tokenizer="unused"),
+            data=DataConfig(tokenizer="unused"), moments_on=options.moments_on,
         )  # fmt: skip
         mesh = make_mesh(MeshConfig(**({"data": 1} | degrees)), jax.devices()[:devices])
         with use_mesh(mesh):
@@ -92,8 +93,9 @@ def main() -> None:
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
         rate = peak_flops(jax.devices()[0].device_kind, config.dtype)
         share = mfu(count / seconds, train_flops_per_token(config, options.length), devices, rate) or float("nan")
+        where = f"{options.mesh} {exchange} remat {remat:5s} moments on {options.moments_on} batch {batch}"
         print(
-            f"{options.mesh} {exchange} remat {remat:5s} batch {batch}: {count / seconds:8.0f} tok/s  {seconds * 1e3:6.1f} ms "
+            f"{where}: {count / seconds:8.0f} tok/s  {seconds * 1e3:6.1f} ms "
             f"(min {min(times) * 1e3:.1f} max {max(times) * 1e3:.1f})  MFU {100 * share:.1f} %  peak {peak:.1f} GiB  "
             f"first step {compile_seconds:.0f} s  loss {first:.2f} -> {float(metrics['loss']):.2f}  "
             f"{replace(config, remat='none').name} on {jax.devices()[0].device_kind}, jax {jax.__version__}",

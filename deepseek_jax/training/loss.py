@@ -101,6 +101,9 @@ def kept_logits(logits: Array, kept: Array | None) -> Array:
     return jnp.where((bits == 1) | ~kept.any(axis=-1, keepdims=True), logits, -jnp.inf)
 
 
+_SUMS = 8
+"""Runs of the vocabulary in which devices add up their gradients of the head: at once, the compiler has them whole twice."""
+
 Piece = tuple[Array, Array, Array, Array | None]
 """Hidden states, targets, weights and kept tokens of a chunk."""
 
@@ -149,19 +152,23 @@ def _chunks_fwd(
 ):  # fmt: skip
     wide = at_least_float32(hidden.dtype)
     whole = gather_weight(w, axes.width, 0, hidden.dtype.name)
+    (D, W), parts = whole.shape, _SUMS if axes.width and whole.shape[1] % _SUMS == 0 else 1
 
     def step(carry: tuple[Array, Array], piece: Piece):
-        total, dw = carry
+        total, dw_PDw = carry
         loss, probabilities, is_target = _piece(axes, whole, piece)
         d_logits = ((probabilities - is_target) * piece[2][..., None]).astype(hidden.dtype)
         dh = jnp.einsum("bcw,dw->bcd", d_logits, whole, preferred_element_type=wide)
-        dw += jnp.einsum("bcd,bcw->dw", piece[0], d_logits, preferred_element_type=wide)
-        return (total + loss, dw), dh.astype(hidden.dtype)
+        d_logits = d_logits.reshape(*d_logits.shape[:-1], parts, W // parts)
+        dw_PDw += jnp.einsum("bcd,bcpw->pdw", piece[0], d_logits, preferred_element_type=wide)
+        return (total + loss, dw_PDw), dh.astype(hidden.dtype)
 
-    start = (jnp.zeros((), wide), jnp.zeros(whole.shape, wide))
-    (total, dw), dh = lax.scan(step, start, (hidden, targets, weights, kept))
+    start = (jnp.zeros((), wide), jnp.zeros((parts, D, W // parts), wide))
+    (total, dw_PDw), dh = lax.scan(step, start, (hidden, targets, weights, kept))
+    dw_PDw = lax.map(lambda part: scattered_sum(part, axes.width, 0), dw_PDw)
+    dw = dw_PDw.swapaxes(0, 1).reshape(-1, W)
     # Together, or the compiler keeps the whole dw until the optimizer asks for its part.
-    dh, dw = lax.optimization_barrier((dh, scattered_sum(dw, axes.width, 0)))
+    dh, dw = lax.optimization_barrier((dh, dw))
     return total, (dh, dw.astype(w.dtype))
 
 
