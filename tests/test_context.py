@@ -124,7 +124,7 @@ _MODELS = {
     [
         ("llm-gqa", dict(context=8)),
         study("v2", dict(context=4)),
-        ("v3", dict(fsdp=2, context=2, tensor=2)),
+        study("v3", dict(fsdp=2, context=2, tensor=2)),
     ],
 )
 def test_a_step_has_the_numbers_of_one_device(name, layout):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_close, loss_and_gradients, micro, random_tokens, random_variables, run_config
-from marks import needs_8, needs_libtpu
+from marks import needs_8, needs_libtpu, study
 
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
@@ -84,7 +84,7 @@ def test_losses_statistics_and_gradients_equal_one_device(kind, layers, mesh, pi
         assert kind != "v2" or float(losses.router["moe_layers"].dropped.min()) > 0
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", [study("gpipe"), "1f1b"])
 def test_a_whole_step_equals_one_device(schedule):
     """V3's parts in two accumulated pieces; the program hands over activations, and gathers one layer's weights at a time."""
     layers, mesh = 3, MeshConfig(stage=2, fsdp=2, data=2)

@@ -98,7 +98,7 @@ def test_bias_update_by_hand():
 
 
 LAYOUTS = [
-    ("v3", MeshConfig(data=2, fsdp=2, tensor=2)),
+    study("v3", MeshConfig(data=2, fsdp=2, tensor=2)),
     study("v2", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
     ("llm-gqa", MeshConfig(data=2, fsdp=2, tensor=2)),
 ]

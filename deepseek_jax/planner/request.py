@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 from deepseek_jax.config import ModelConfig, require
@@ -76,7 +77,7 @@ class PlanRequest:
     def device(self) -> Device:
         return self.topology.kind
 
-    @property
+    @cached_property
     def degrees(self) -> dict[str, int]:
         """Mesh axis -> degree."""
         return self.run.mesh.resolved(self.topology.devices)
