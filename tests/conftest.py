@@ -22,7 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
-import jax  # noqa: E402: reads the environment
+import jax  # noqa: E402 (it reads the environment)
 
 if _OURS in os.environ["JAX_COMPILATION_CACHE_DIR"]:
     # Not the tests' own processes: XLA once died of a segmentation fault as it wrote one of their programs.
