@@ -251,8 +251,9 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, each layer (its integers of routing are kept), or as V3 does norms and MLA
     up-projections. "offload" is "full", with the layers' inputs in the host's memory meanwhile."""
     gradient_sum: Literal["compute", "float32"] = "compute"
-    """Dtype in which weights' gradients are added up over devices: the compute dtype, or float32, which is twice the bytes.
-    Those of embedding and head, and pieces of a batch, are added up in float32 always."""
+    """Dtype in which weights' gradients are added up over devices: the compute dtype, or float32, which is twice the bytes; a
+    device's gradient of its routed experts is rounded once before. Those of embedding and head, and pieces of a batch, are
+    added up in float32 always."""
     scan_layers: bool = True
     """Run stacked layers as one compiled loop; False unrolls it. The parameter tree is the same."""
     expert_exchange: Literal["ragged", "ring"] = "ragged"

@@ -11,7 +11,7 @@ from helpers import micro, random_tokens, run_config
 
 from deepseek_jax.training import step as step_module
 from deepseek_jax.training.config import AdamW, SpikeSkip
-from deepseek_jax.training.guard import init_guard, judge
+from deepseek_jax.training.guard import all_finite, init_guard, judge
 from deepseek_jax.training.loss import loss_parts
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedule import MultiStep
@@ -150,3 +150,12 @@ def test_moments_of_the_host_follow_the_same_rule_or_stay(ok):
     new = jax.tree.map(lambda new, old: new if ok or not new.ndim else old, new, state)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), (updates, after), (wanted, new))
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after) if leaf.ndim} == {"pinned_host"}
+
+
+@pytest.mark.parametrize("where", ["stack", "matrix", "scale"])
+def test_what_is_not_finite_is_found_at_the_host_too(where):
+    tree = {"stack": jnp.ones((3, 4, 5)), "matrix": jnp.ones((4, 5)), "scale": jnp.ones(4), "count": jnp.int32(3)}
+    at_host = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host) if leaf.ndim else leaf, tree)
+    assert all_finite(at_host)
+    broken = jnp.full_like(tree[where], jnp.nan).at[..., 1:].set(1)
+    assert not all_finite({**at_host, where: jax.device_put(broken, jax.memory.Space.Host)})

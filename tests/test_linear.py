@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import micro, random_tokens, random_variables
 from marks import needs_libtpu
 
 from deepseek_jax.layers.linear import linear
+from deepseek_jax.layers.weights import for_product
+from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.planner.ask import make_request
 from deepseek_jax.planner.compiled import compile_plan
 
@@ -41,6 +44,29 @@ def test_a_weights_gradient_is_as_wide_as_the_weight(subscripts):
     ours, theirs = left.split(",")
     exact = np.einsum(f"{ours},{right}->{theirs}", *(np.asarray(a, np.float64) for a in (x, d)))
     assert np.abs(dw - exact).max() < 1e-5 < 1e-3 < np.abs(dw_cast - exact).max()
+
+
+@pytest.mark.parametrize("gradient_sum, rounded", [("compute", True), ("float32", False)])
+def test_gradients_of_a_model_are_in_float32_where_asked(gradient_sum, rounded):
+    config = micro("llm-gqa", num_hidden_layers=1, dtype="bfloat16", gradient_sum=gradient_sum)
+    config = replace(config, attention=replace(config.attention, qkv_bias=True))
+    model, tokens = DeepSeek(config), random_tokens(config, (2, 8))
+    variables = random_variables(config)
+
+    def total(params):
+        return model.apply({"params": params}, tokens, method="hidden").hidden.astype(jnp.float32).sum()
+
+    layers = jax.jit(jax.grad(total))(variables["params"])["dense_layers"]
+    weights = {**layers["attention"], **layers["ffn"]}
+    assert {"b_q", "b_v", "w_q", "w_o", "w_gate", "w_down"} <= set(weights)
+    for name, dw in weights.items():
+        assert bool((dw == dw.astype(jnp.bfloat16)).all()) == rounded, name
+
+
+def test_stored_weights_are_widened_whatever_they_are_stored_in():
+    for stored, compute in (("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")):
+        w = jnp.ones(3, stored)
+        assert for_product(w, compute, False).dtype == compute and for_product(w, compute, True).dtype == jnp.float32
 
 
 @pytest.mark.study

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--no-mtp", action="store_true", help="without multi-token modules")
     add("--microbatches", type=int, metavar="M", help="of a pipeline over the mesh's stages")
-    add("--chunks", type=int, default=1, metavar="V", help="runs of layers a stage has in it (default: %(default)s)")
+    add("--chunks", type=int, metavar="V", help="runs of layers a stage has in it (default: the config's, or 1)")
     add("--schedule", choices=_SCHEDULES, help="of the pipeline: gpipe, 1f1b; of others the idle time is counted")
     add("--tokens", type=float, metavar="N", help="tokens of the whole run, for hours and money")
     add("--prices", metavar="FILE", help="prices a chip hour, JSON like planner/prices.json")

@@ -50,7 +50,7 @@ class Exchange:
     gather_parts: int = 1
     """Runs in which a device gathers its experts and serves their rows, one after the other."""
     wide_sums: bool = False
-    """Add up weights' gradients over devices in the dtype that the weights are stored in, not in that of `x_BTD`."""
+    """Add up weights' gradients over devices in float32 or wider, not in the dtype of `x_BTD`."""
     across_slices: bool = False
     """Whether each slice holds experts of its own, not copies of all."""
     groups: tuple[int, int] = (1, 1)

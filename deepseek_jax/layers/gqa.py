@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import GQA, Rope
 from deepseek_jax.layers.cache import LayerCache, cached_attention, remembered
 from deepseek_jax.layers.context import Context, attend
-from deepseek_jax.layers.linear import linear
+from deepseek_jax.layers.linear import add_bias, linear
 from deepseek_jax.layers.rope import apply_rope, softmax_scale
 from deepseek_jax.layers.weights import for_product, weight
 from deepseek_jax.parallel.rules import shard
@@ -37,7 +37,8 @@ class GQAttention(nn.Module):
             out = linear("btd,dnh->btnh", x_BTD, for_product(w, dtype, self.wide_sums))
             if c.qkv_bias:
                 shape, axes = (heads, c.head_dim), (axis, "head_dim")
-                out += weight(self, f"b_{name}", shape, axes, dtype=self.param_dtype, constant=0.0).astype(dtype)
+                b = weight(self, f"b_{name}", shape, axes, dtype=self.param_dtype, constant=0.0)
+                out = add_bias(out, for_product(b, dtype, self.wide_sums))
             return checkpoint_name(shard(out, "batch", "length", f"act_{axis}", "head_dim"), name)
 
         q_BTNH = project("q", c.num_attention_heads, "heads")

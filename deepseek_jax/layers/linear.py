@@ -13,8 +13,8 @@ from deepseek_jax.types import Array
 def linear(subscripts: str, x: Array, w: Array) -> Array:
     """`einsum(subscripts, x, w)` in the dtype of `x`; the gradient of `w` comes in the dtype of `w`.
 
-    A weight that is given as it is stored, in float32, therefore has its gradient summed in float32 all the way: over the
-    tokens of a device, then over devices. Cast by the caller to the dtype of `x`, it is rounded before devices add theirs.
+    A weight that is given in float32 therefore has its gradient summed in float32 all the way: over the tokens of a device,
+    then over devices. Cast by the caller to the dtype of `x`, it is rounded before devices add theirs.
 
     Args:
         subscripts: of two operands; every letter in two of the three terms.
@@ -46,3 +46,22 @@ def _wide_bwd(subscripts: str, residuals: tuple[Array, Array], d: Array):
 
 
 _wide.defvjp(_wide_fwd, _wide_bwd)
+
+
+def add_bias(x: Array, b: Array) -> Array:
+    """x + b in the dtype of `x`; the gradient of `b`, which has the last dims of `x`, comes in the dtype of `b`."""
+    out: Any = _biased(x, b)
+    return out
+
+
+@jax.custom_vjp
+def _biased(x: Array, b: Array) -> Array:
+    return x + b.astype(x.dtype)
+
+
+def _biased_bwd(b: Array, d: Array):
+    wide = at_least_float32(b.dtype)
+    return d, d.sum(axis=tuple(range(d.ndim - b.ndim)), dtype=wide).astype(b.dtype)
+
+
+_biased.defvjp(lambda x, b: (_biased(x, b), b), _biased_bwd)

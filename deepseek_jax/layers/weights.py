@@ -35,8 +35,8 @@ def weight(
 
 
 def for_product(w: Array, dtype: Any, wide_sums: bool) -> Array:
-    """A stored weight for `layers.linear`: in the compute dtype, or as it is, whose gradient is then summed so."""
-    return w if wide_sums else w.astype(dtype)
+    """A stored weight for `layers.linear`: in the compute dtype, or in float32 or wider, whose gradient is then summed so."""
+    return w.astype(at_least_float32(w.dtype) if wide_sums else dtype)
 
 
 def at_least_float32(*dtypes: str | jnp.dtype) -> jnp.dtype:

@@ -191,7 +191,7 @@ def scattered_sum(x: Array, axes: Axes, dim: int) -> Array:
 def gather_weight(w: Array, axes: Axes, dim: int, dtype: str, *, wide_sums: bool = False) -> Array:
     """A shard's part of a weight, cast to `dtype` and joined along `dim` with those of the other shards.
 
-    The gradient is added up over the shards as it comes, or, with `wide_sums`, in the dtype of `w`; each is left with the
+    The gradient is added up over the shards as it comes, or, with `wide_sums`, in float32 or wider; each is left with the
     sum for its own part, in the dtype of `w`. What is gathered is `dtype`, never the stored precision.
     """
     whole: Any = _gather(w, axes, dim, dtype, wide_sums)
@@ -211,7 +211,7 @@ def _gather_fwd(w: Array, axes: Axes, dim: int, dtype: str, wide_sums: bool):
 
 def _gather_bwd(axes: Axes, dim: int, dtype: str, wide_sums: bool, like: Array, d: Array):
     del dtype
-    d = d.astype(like.dtype) if wide_sums else d
+    d = d.astype(jnp.promote_types(d.dtype, jnp.float32)) if wide_sums else d
     return (scattered_sum(d, axes, dim).astype(like.dtype),)
 
 

@@ -19,16 +19,21 @@ class Change:
     request: PlanRequest
     peak: int
     """Bytes of a device with it."""
+    host: int
+    """Bytes of its host's memory."""
 
     @property
     def fits(self) -> bool:
-        return self.peak <= (self.request.device.hbm or 0)
+        return self.peak <= (self.request.device.hbm or 0) and self.host <= self.request.host_share
 
 
 def changes(request: PlanRequest) -> list[Change]:
     """Single changes that lower the peak, and all that cost no chips together; those that fit first, least first."""
     now = memory_of(request).peak
-    found = [Change(what, other, memory_of(other).peak) for what, other in _tried(request)]
+    found = [
+        Change(what, other, memory.peak, memory.host)
+        for what, other, memory in ((what, other, memory_of(other)) for what, other in _tried(request))
+    ]
     return sorted((one for one in found if one.peak < now), key=lambda one: (not one.fits, one.peak))
 
 

@@ -91,9 +91,7 @@ class Plan:
     @property
     def host_headroom(self) -> int:
         """Bytes left of a device's share of its host's memory."""
-        device = self.request.device
-        assert device.host_memory
-        return int(device.host_memory / device.per_host) - self.memory.host
+        return self.request.host_share - self.memory.host
 
     @property
     def fits(self) -> bool:

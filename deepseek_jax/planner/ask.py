@@ -36,7 +36,7 @@ def make_request(
     param_dtype: str | None = None,
     mtp: bool = True,
     microbatches: int | None = None,
-    chunks: int = 1,
+    chunks: int | None = None,
     schedule: Schedule | None = None,
     tokens: float | None = None,
     slices: int | None = None,
@@ -78,7 +78,9 @@ def make_request(
         run = replace(run, batch_ramp=None)
     run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)
     if microbatches is not None:
-        run = replace(run, pipeline=Pipeline(microbatches=microbatches, chunks=chunks))
+        given_chunks = {} if chunks is None else {"chunks": chunks}
+        pipeline = run.pipeline or Pipeline(microbatches=microbatches)
+        run = replace(run, pipeline=replace(pipeline, microbatches=microbatches, **given_chunks))
     if schedule in ("gpipe", "1f1b") and run.pipeline is not None:  # which are built: its memory is planned too
         run, schedule = replace(run, pipeline=replace(run.pipeline, schedule=schedule)), None
     run = changed(run, remat=remat, moments=moments, moments_on=moments_on, mtp=mtp, dtype=param_dtype)

@@ -101,9 +101,8 @@ def _training(request: PlanRequest) -> Iterable[Buffer]:
 
     for part, size in all_of(param).items():
         yield Buffer(f"parameters: {part}", "parameters", size)
-    on_host = run.moments_on == "host" and request.step == "train"
     for part, size in all_of(2 * moment).items():
-        yield Buffer(f"moments: {part}", "optimizer", size, on_host=on_host)
+        yield Buffer(f"moments: {part}", "optimizer", size, on_host=request.moments_at_host)
     if run.ema_decay is not None and request.step == "train":
         yield Buffer("running mean of the weights", "running mean", sum(all_of(wide).values()))
     if request.step == "grpo":
@@ -194,7 +193,8 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
         weights = max((sum(gathered(name)) for name, _, _ in stacks), default=0)
         yield Buffer("gathered weights of one layer", "weights in use", weights, ("forward", "backward"))
         one = max((max(gathered(name)) for name, _, _ in stacks), default=0)
-        yield Buffer("gradient of one gathered weight", "weights in use", one, ("backward",))
+        sums = max(compute, 4) if model.gradient_sum == "float32" else compute
+        yield Buffer("gradient of one gathered weight", "weights in use", one * sums // compute, ("backward",))
     else:
         one = max((max(gathered(name)) for name, _, _ in stacks), default=0)
         yield Buffer("weights of one layer in the compute dtype", "weights in use", one, ("forward", "backward"))

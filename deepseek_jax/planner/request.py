@@ -86,6 +86,17 @@ class PlanRequest:
     def trains(self) -> bool:
         return self.step in ("train", "grpo")
 
+    @property
+    def moments_at_host(self) -> bool:
+        """Whether the step finds its moments there; updates of reinforcement learning have them on the device."""
+        return self.step == "train" and self.run.moments_on == "host"
+
+    @property
+    def host_share(self) -> int:
+        """Bytes of its host's memory that a device may count on."""
+        assert self.device.host_memory
+        return int(self.device.host_memory / self.device.per_host)
+
     def split(self, *names: str) -> int:
         """In how many parts the mesh splits dims with these logical axes."""
         return math.prod(self.degrees[axis] for name in names for axis in RULES[name])
@@ -104,7 +115,7 @@ class PlanRequest:
     def idle_share(self) -> float:
         """Of a step, what stages of the pipeline wait for one another."""
         pipeline, stages = self.run.pipeline, self.degrees["stage"]
-        if pipeline is None or not self.trains or stages == 1:
+        if pipeline is None or self.step != "train" or stages == 1:
             return 0.0
         schedule = self.schedule or ("gpipe" if pipeline.chunks == 1 else "interleaved")
         return idle_share(schedule, stages, pipeline.microbatches, pipeline.chunks)
@@ -112,7 +123,7 @@ class PlanRequest:
     @property
     def piped_stack(self) -> str | None:
         """The loop over layers that runs as a pipeline; None where none does."""
-        if self.run.pipeline is None or self.degrees["stage"] == 1 or not self.trains:
+        if self.run.pipeline is None or self.degrees["stage"] == 1 or self.step != "train":
             return None
         return "moe_layers" if self.model.num_moe_layers else "dense_layers"
 

@@ -68,7 +68,9 @@ def search(
             raise ValueError("no mesh of these machines divides the model's dims and the batch")
         raise ValueError(
             f"nothing fits: the nearest is {nearest.request.degrees} on {nearest.request.topology.name}, "
-            f"{nearest.memory.peak / 2**30:.1f} GiB of {nearest.hbm_bytes / 2**30:.1f}: take more or larger chips"
+            f"{nearest.memory.peak / 2**30:.1f} GiB of {nearest.hbm_bytes / 2**30:.1f}"
+            + (", and too much at the host" if nearest.host_headroom < 0 else "")
+            + ": take more or larger chips"
         )
     return sorted(found, key=lambda one: one.cost)[:keep]
 

@@ -46,7 +46,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"  mesh      {described(request)}"
     yield f"  batch     {run.batch_size} sequences ({rows}) of {run.seq_len} {what}"
     if request.trains:
-        moments = run.optimizer.moment_dtype + (" on the host" if run.moments_on == "host" else "")
+        moments = run.optimizer.moment_dtype + (" on the host" if request.moments_at_host else "")
         yield f"  kept      parameters {model.param_dtype}, moments {moments}, compute {model.dtype}, remat {model.remat}"
     if request.split(request.exchange.axis) > 1:
         factor = model.expert_buffer_factor
@@ -56,14 +56,14 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:
-    verdict = "FITS" if plan.fits else "DOES NOT FIT"
+    room = plan.headroom >= 0
     yield ""
     yield (
-        f"Memory of a device, by arithmetic: {verdict}: {amount(plan.memory.peak)} of {amount(plan.hbm_bytes)}, "
-        f"{'headroom' if plan.fits else 'too much by'} {amount(abs(plan.headroom))}"
+        f"Memory of a device, by arithmetic: {'FITS' if room else 'DOES NOT FIT'}: {amount(plan.memory.peak)} of "
+        f"{amount(plan.hbm_bytes)}, {'headroom' if room else 'too much by'} {amount(abs(plan.headroom))}"
     )
     if plan.memory.host:
-        verdict = "fits" if plan.host_headroom >= 0 else "DOES NOT FIT"
+        verdict = "FITS" if plan.host_headroom >= 0 else "DOES NOT FIT"
         yield (
             f"  at the host: {verdict}: {amount(plan.memory.host)} of a device's share, "
             f"{amount(plan.memory.host + plan.host_headroom)}"
@@ -81,7 +81,7 @@ def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:
         scale = need / plan.memory.peak if need else 1.0
         yield f"What to change{' (arithmetic, scaled to what the compiler wanted)' if need else ''}:"
         for change in changes(plan.request)[:6]:
-            fits = change.peak * scale <= plan.hbm_bytes
+            fits = change.peak * scale <= plan.hbm_bytes and change.host <= change.request.host_share
             yield f"    {amount(change.peak * scale):>12}  {'fits' if fits else 'does not fit'}: {change.what}"
 
 

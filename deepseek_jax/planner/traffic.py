@@ -105,6 +105,8 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         # Once in the forward and once in the backward pass; without recomputation the compiler may keep none either.
         yield _one(request, "weights gathered, forward", axes, pieces * moved)
         yield _one(request, "weights gathered, backward", axes, pieces * moved)
+    wide = max(param, 4) if model.gradient_sum == "float32" else 0
+    for axes, moved in _gathered(request, trained(request), lambda leaf: max(param if leaf.wide else compute, wide)):
         yield _one(request, "gradients reduced and scattered", axes, pieces * moved)
     if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more
         routed = (leaf for leaf in trained(request) if leaf.routed)
@@ -115,8 +117,9 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         copies = (leaf for leaf in trained(request) if not any(axis in RULES[name] for name in leaf.names))
         kept = sum(stored(leaf, degrees) for leaf in copies) * max(param, 4)
         yield _one(request, f"gradients summed over {axis}", (axis,), 2 * kept * (n - 1) / n)
-    if run.moments_on == "host" or model.remat == "offload":  # there and back; both ways at once where the link can
-        on_host = memory_of(request).host
+    if request.moments_at_host or model.remat == "offload":  # there and back; both ways at once where the link can
+        waiting = [buffer for buffer in memory_of(request).buffers if buffer.on_host]
+        on_host = sum(b.bytes * (1 if b.part == "optimizer" else pieces) for b in waiting)
         assert request.device.host_link
         yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
     yield from _layers(

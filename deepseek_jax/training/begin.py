@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from deepseek_jax.chat.data import ChatData
 from deepseek_jax.chat.dataset import Chats, keep_of_chats, load_chats
 from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.parallel import hosts
@@ -160,6 +162,10 @@ def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
     Raises: ValueError that names each field that differs.
     """
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    if isinstance(model := saved.get("model"), dict):  # a field that was not there yet
+        missing = {name: defaults[name] for name in now["model"] if name not in model and name in defaults}
+        saved = saved | {"model": missing | model}
     changes = list(_changes(saved, now, ""))
     if changes:
         raise ValueError(

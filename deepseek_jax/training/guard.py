@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from deepseek_jax.training.config import SpikeSkip
 from deepseek_jax.types import Array
@@ -76,4 +77,15 @@ def chosen(ok: Array, new: Any, old: Any) -> Any:
 def all_finite(tree: Any) -> Array:
     """Whether every number of every floating leaf is finite."""
     floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floating])) if floating else jnp.array(True)
+    return jnp.all(jnp.stack([_finite(leaf) for leaf in floating])) if floating else jnp.array(True)
+
+
+def _finite(leaf: Array) -> Array:
+    """Nothing is computed in the host's memory: what lies there comes to the device, stacks of matrices one at a time."""
+    if jax.typeof(leaf).memory_space != jax.memory.Space.Host:
+        return jnp.isfinite(leaf).all()
+
+    def fetched(part: Array) -> Array:
+        return jnp.isfinite(jax.device_put(part, jax.memory.Space.Device)).all()
+
+    return lax.map(fetched, leaf).all() if leaf.ndim > 2 else fetched(leaf)
