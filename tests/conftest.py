@@ -8,7 +8,11 @@ import tempfile
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also keeps an installed libtpu from looking for a TPU
-_FLAGS = {"xla_force_host_platform_device_count": "8"}
+# A machine that is busy, or was halted for a while, is no reason to abort where 8 devices wait for one another.
+_FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    "xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most programs here run once, and unoptimised code of the same formulas compiles in half the time.
     _FLAGS["xla_backend_optimization_level"] = "0"
