@@ -19,18 +19,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}".strip()
-_OURS = "deepseek_jax_tests_"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Of this session alone: the processes that tests start compile many of the same programs.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix=_OURS)
+    # Of this session alone: its workers and the processes that tests start compile many of the same programs.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="deepseek_jax_tests_")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import jax  # noqa: E402 (it reads the environment)
-
-if _OURS in os.environ["JAX_COMPILATION_CACHE_DIR"]:
-    # Not the tests' own processes: XLA once died of a segmentation fault as it wrote one of their programs.
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +59,10 @@ def trl_folder(trl, tmp_path_factory):
     from trl_peer import checkpoint
 
     return checkpoint(tmp_path_factory.mktemp("trl"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_module():
+    """A process may map 65,530 pieces of memory, of which every compiled program takes some 15: a worker came to the end."""
+    yield
+    jax.clear_caches()

@@ -18,7 +18,7 @@ from deepseek_jax.planner.compiled import Compiled, compile_plan
 
 pytestmark = [pytest.mark.aot, needs_libtpu]
 
-B, T, D, F, E, W = 40, 128, 640, 384, 16, 3072
+B, T, D, F, E, W = 40, 128, 640, 384, 16, 4096
 
 
 @pytest.fixture(scope="module")
