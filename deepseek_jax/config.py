@@ -271,6 +271,11 @@ class ModelConfig:
     assumed: tuple[str, ...] = ()
     """Fields that the paper leaves open and this registry fills in."""
 
+    @property
+    def wide_sums(self) -> bool:
+        """Whether devices add up weights' gradients in float32 or wider: `gradient_sum`."""
+        return self.gradient_sum == "float32"
+
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         _positive(self, "rms_norm_eps", "initializer_range", "expert_gather_parts")

@@ -5,24 +5,17 @@ The compiler runs in a child process, because its settings are read once. Run th
 
 import json
 import re
-import subprocess
-import sys
 from typing import Any
 
 from marks import needs_libtpu
-
-from deepseek_jax.planner.compiled import environment
+from spread import printed_by_child
 
 HEADS, LATENT, ROPE, PLACES = 4, 512, 64, 1024  # of MLA, and of a device's part of a sequence
 
 
 @needs_libtpu
 def test_latents_alone_go_round_and_no_sequence_is_whole():
-    child = subprocess.run(
-        [sys.executable, __file__], env=environment("v5p"), capture_output=True, text=True, timeout=900
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    split = json.loads(child.stdout)
+    split = json.loads(printed_by_child(__file__, "v5p"))
     assert split["kernels"] >= 4  # a shard's own part and the others', forward and backward
     # Latents in bfloat16, their gradients in float32, ids; nothing by heads.
     moved = {tuple(shape) for shape in split["moved"] if len(shape) == 3}

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import needs_8
+from spread import assert_experts_equal_one_device
 
 from deepseek_jax.layers.expert_parallel import Exchange, parallel_experts
-from deepseek_jax.layers.experts import routed_experts
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.parallel.exchange import by_expert, gather_weight, plan_runs, send_rows
 from deepseek_jax.parallel.rules import axes_of, sharded_map
@@ -97,24 +97,8 @@ def test_values_and_gradients_equal_one_device(exchange, layout, parts):
     arguments = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, experts_of(0, False))
     x, indices, *rest = arguments
     cotangent = jnp.asarray(np.random.default_rng(9).standard_normal(x.shape), jnp.float32)
-
-    def alone(x, weights, *matrices):
-        M = x.shape[0] * x.shape[1]
-        out = routed_experts(x.reshape(M, -1), indices.reshape(M, -1), weights.reshape(M, -1), *matrices)
-        return (out.reshape(x.shape) * cotangent).sum()
-
-    def spread(x, weights, *matrices):
-        out, left = parallel_experts(
-            x, indices, weights, *matrices, exchange=Exchange(way=exchange, gather_parts=parts), decoding=False
-        )
-        return (out * cotangent).sum(), left
-
-    wanted = jax.value_and_grad(alone, range(5))(x, *rest)
-    with use_mesh(make_mesh(MeshConfig(data=1, **layout), jax.devices()[:8])):
-        (total, left), grads = jax.jit(jax.value_and_grad(spread, range(5), has_aux=True))(x, *rest)
-    assert left == 0
-    for ours, theirs in zip(jax.tree.leaves((total, grads)), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    way = Exchange(way=exchange, gather_parts=parts)
+    assert_experts_equal_one_device(x, indices, rest, cotangent, way, layout)
 
 
 @pytest.mark.parametrize("exchange", ["ragged", "ring"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import micro
 from marks import needs_8, study
+from spread import assert_experts_equal_one_device
 
 import deepseek_jax as dsj
 from deepseek_jax.config import MoE
@@ -77,21 +78,7 @@ LAYOUTS = [
 def test_values_and_gradients_equal_one_device(way, layout, groups, parts, factor):
     x, indices, *rest, cotangent = draw(1, groups)
     exchange = Exchange(way=way, across_slices=True, groups=groups, gather_parts=parts, buffer_factor=factor)
-
-    def alone(x, weights, *matrices):
-        flat = (a.reshape(B * T, -1) for a in (x, indices, weights))
-        return (routed_experts(*flat, *matrices).reshape(x.shape) * cotangent).sum()
-
-    def spread(x, weights, *matrices):
-        out, left = parallel_experts(x, indices, weights, *matrices, exchange=exchange, decoding=False)
-        return (out * cotangent).sum(), left
-
-    wanted = jax.value_and_grad(alone, range(5))(x, *rest)
-    with use_mesh(make_mesh(MeshConfig(data=1, **layout), jax.devices()[:8])):
-        (total, left), grads = jax.jit(jax.value_and_grad(spread, range(5), has_aux=True))(x, *rest)
-    assert left == 0
-    for ours, theirs in zip(jax.tree.leaves((total, grads)), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_experts_equal_one_device(x, indices, rest, cotangent, exchange, layout)
 
 
 @pytest.mark.parametrize("layout", [{"slice": 2, "expert": 2}, {"slice": 4, "expert": 1}])

@@ -6,13 +6,10 @@ The compiler runs in a child process, because its settings are read once. Run th
 import json
 import math
 import re
-import subprocess
-import sys
 from typing import Any
 
 from marks import needs_libtpu
-
-from deepseek_jax.planner.compiled import environment
+from spread import printed_by_child
 
 M, D, F, E, X = 256, 1024, 512, 16, 4  # tokens of a device, …
 GROUPS = (2, 1)  # a token's experts lie in one slice
@@ -20,11 +17,7 @@ GROUPS = (2, 1)  # a token's experts lie in one slice
 
 @needs_libtpu
 def test_one_row_a_token_crosses_the_network():
-    child = subprocess.run(
-        [sys.executable, __file__], env=environment("v5e"), capture_output=True, text=True, timeout=900
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    sent = json.loads(child.stdout)
+    sent = json.loads(printed_by_child(__file__, "v5e"))
     rows = [size for kind, dtype, size in sent if kind == "RAGGED_ALL_TO_ALL" and dtype == "bf16"]
     assert rows == [M * D] * 4, "out and back, and the gradients of both"
     others = [size for kind, dtype, size in sent if not (kind == "RAGGED_ALL_TO_ALL" and dtype == "bf16")]

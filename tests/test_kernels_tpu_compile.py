@@ -5,13 +5,11 @@ from the environment. Run this file as a script, with a topology's name, to see 
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 from marks import needs_libtpu, study
-
-from deepseek_jax.planner.compiled import environment
+from spread import printed_by_child
 
 TOPOLOGIES = (study("v5p:2x2x1"), "v5e:2x2")
 ENGINE = "v5e:2x2"  # where the engine's programs are compiled too; they take as long as all else
@@ -20,12 +18,8 @@ ENGINE = "v5e:2x2"  # where the engine's programs are compiled too; they take as
 @needs_libtpu
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_routes_compile_for_an_absent_tpu(topology):
-    child = subprocess.run(
-        [sys.executable, __file__, topology], env=environment(topology.split(":")[0]), capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-4000:]
-    rows = {row["case"]: row for row in map(json.loads, child.stdout.splitlines())}
+    printed = printed_by_child(__file__, topology.split(":")[0], topology, timeout=600)
+    rows = {row["case"]: row for row in map(json.loads, printed.splitlines())}
     engine = {"prefill", "decode"} if topology == ENGINE else set()
     assert set(rows) == {"MLA", "GQA", "MLA, long", "nano", "experts"} | engine
     # No [T, S] scores: the whole of them would take 4·B·N·T·S bytes, several of them in the backward pass.

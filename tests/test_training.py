@@ -11,6 +11,7 @@ from marks import needs_8, study
 
 from deepseek_jax.layers.balance import exempt_sequences
 from deepseek_jax.parallel import MeshConfig, make_mesh, use_mesh
+from deepseek_jax.training.begin import require_same
 from deepseek_jax.training.bias import max_violation, updated_bias
 from deepseek_jax.training.optimizer import decayed
 from deepseek_jax.training.state import abstract_state, init_state
@@ -168,3 +169,12 @@ def test_mesh_errors_carry_the_numbers():
     run = run_config(micro("llm-gqa"))
     with pytest.raises(ValueError, match=r"w_k.*'kv_heads' of 2 is not divisible by tensor = 4"):
         init_state(run, make_mesh(MeshConfig(tensor=4)))
+
+
+def test_a_checkpoint_from_before_a_field_was_there_goes_on_with_its_default():
+    now = {"model": {"name": "llm", "gradient_sum": "compute"}, "seed": 0}
+    require_same({"model": {"name": "llm"}, "seed": 0}, now)
+    with pytest.raises(ValueError, match=r"model.gradient_sum: 'compute' in the checkpoint, 'float32' now"):
+        require_same(
+            {"model": {"name": "llm"}, "seed": 0}, {**now, "model": {**now["model"], "gradient_sum": "float32"}}
+        )

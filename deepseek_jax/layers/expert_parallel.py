@@ -61,7 +61,7 @@ class Exchange:
         """The one that a model asks for."""
         return cls(
             way=config.expert_exchange, buffer_factor=config.expert_buffer_factor, gather_parts=config.expert_gather_parts,
-            wide_sums=config.gradient_sum == "float32", across_slices=config.expert_across_slices,
+            wide_sums=config.wide_sums, across_slices=config.expert_across_slices,
             groups=(config.ffn.n_group, config.ffn.topk_group) if isinstance(config.ffn, MoE) else (1, 1),
         )  # fmt: skip
 
@@ -81,16 +81,16 @@ class Exchange:
             slices: that hold experts of their own; 1 where each holds all.
         """
 
-        def places(even: int, most: int) -> int:
+        def bounded(even: int, most: int) -> int:
             return most if self.buffer_factor is None else min(most, 8 * math.ceil(self.buffer_factor * even / 8))
 
         here = experts // slices
-        arrivals = places(tokens * slices_of_token(self.groups, chosen, slices), tokens * slices)
+        arrivals = bounded(tokens * slices_of_token(self.groups, chosen, slices), tokens * slices)
         return Places(
             departures=min(tokens * min(chosen, slices), arrivals),
             arrivals=arrivals,
-            pairs=places(tokens * chosen, arrivals * min(chosen, here)),
-            rows=places(tokens * chosen, tokens * slices * shards * min(chosen, here // shards)),
+            pairs=bounded(tokens * chosen, arrivals * min(chosen, here)),
+            rows=bounded(tokens * chosen, tokens * slices * shards * min(chosen, here // shards)),
         )
 
 

@@ -50,11 +50,10 @@ class Block(nn.Module):
         if c.remat == "offload":
             x_BTD = checkpoint_name(x_BTD, _LAYER_IN)
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
-        wide_sums = c.gradient_sum == "float32"
         if isinstance(c.attention, GQA):
-            attention = GQAttention(c.attention, c.rope, wide_sums=wide_sums, name="attention", **kwargs)
+            attention = GQAttention(c.attention, c.rope, wide_sums=c.wide_sums, name="attention", **kwargs)
         else:
-            attention = MLAttention(c.attention, c.rope, LATENT_EPS, wide_sums=wide_sums, name="attention", **kwargs)
+            attention = MLAttention(c.attention, c.rope, LATENT_EPS, wide_sums=c.wide_sums, name="attention", **kwargs)
         out_BTD, cache = attention(normed, context, cache)
         x_BTD = x_BTD + checkpoint_name(out_BTD, "block_attention")
         normed = RMSNorm(c.rms_norm_eps, c.param_dtype, name="ffn_norm")(x_BTD)
@@ -64,7 +63,7 @@ class Block(nn.Module):
             out_BTD, stats = moe(normed, context, recorded_BTX)
             return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (stats, cache)
         width = c.ffn.intermediate_size if isinstance(c.ffn, Dense | MoE) else 0
-        out_BTD = SwiGLU(width, wide_sums=wide_sums, name="ffn", **kwargs)(normed)
+        out_BTD = SwiGLU(width, wide_sums=c.wide_sums, name="ffn", **kwargs)(normed)
         return x_BTD + checkpoint_name(out_BTD, "block_ffn"), (None, cache)
 
 

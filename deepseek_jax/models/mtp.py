@@ -42,7 +42,7 @@ class MTPModule(nn.Module):
         w_proj = weight(
             self, "w_proj", (2 * D, D), ("embed", "act_embed"), dtype=c.param_dtype, stddev=c.initializer_range
         )
-        w_proj = for_product(w_proj, hidden.dtype, c.gradient_sum == "float32")
+        w_proj = for_product(w_proj, hidden.dtype, c.wide_sums)
         joined = linear("bti,id->btd", jnp.concatenate([embedded, hidden], axis=-1), w_proj)
         x = checkpoint_name(joined, "mtp_in")
         block = Block(c, moe=isinstance(c.ffn, MoE), name="block")

@@ -53,7 +53,7 @@ def pipelined_stack(
         moe: whether this is the stack of MoE layers.
 
     Raises:
-        ValueError: see `Pipeline.check_layers` and `Pipeline.check_rows`; remat = "offload"; gradient_sum = "float32".
+        ValueError: see `Pipeline.check_model`, `Pipeline.check_layers` and `Pipeline.check_rows`.
     """
     L = check_stack(config, pipeline, moe)
     S, V = stages_of_mesh(), pipeline.chunks
@@ -91,10 +91,7 @@ def check_stack(config: ModelConfig, pipeline: Pipeline, moe: bool) -> int:
     Raises:
         ValueError: see `pipelined_stack`.
     """
-    if config.remat == "offload":
-        raise ValueError("remat = 'offload' in a pipeline is not built: take 'full'")
-    if config.gradient_sum == "float32":
-        raise ValueError("ModelConfig.gradient_sum = 'float32' in a pipeline is not built: take 'compute'")
+    pipeline.check_model(config)
     layers = config.num_moe_layers if moe else config.num_dense_layers
     pipeline.check_layers(stages_of_mesh(), layers)
     return layers

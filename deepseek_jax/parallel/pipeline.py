@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.parallel.bubbles import idle_share
 from deepseek_jax.parallel.rules import RULES, degree, shard
 from deepseek_jax.types import Array
 
 [AXIS] = RULES["stages"]
-_Schedule = Literal["gpipe", "1f1b"]
+Schedule = Literal["gpipe", "1f1b"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 StageFunction = Callable[[Any, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -38,15 +40,15 @@ class Pipeline:
     """In how many parts a piece is cut; a multiple of the stages."""
     chunks: int = 1
     """Runs of layers that each stage has. 1: GPipe; more: the interleaved schedule, whose bubble is that much smaller."""
-    schedule: _Schedule = "gpipe"
+    schedule: Schedule = "gpipe"
     """When a microbatch goes back. "gpipe": after the last one's forward pass, so a stage keeps what `ModelConfig.remat` says
     of all M. "1f1b": as soon as its group of S has a loss, so a stage keeps at most 3 S − 2 of them (of V chunks fewer than
     (1.5 V + 2) S, each a V-th of a stage), and of a layer its input alone: it is worked out again whatever `remat`. The
     bubble is the same."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(_Schedule):
-            raise ValueError(f"Pipeline.schedule = {self.schedule!r}: must be one of {get_args(_Schedule)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"Pipeline.schedule = {self.schedule!r}: must be one of {SCHEDULES}")
         for name in ("microbatches", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Pipeline.{name} = {getattr(self, name)}: must be at least 1")
@@ -54,6 +56,19 @@ class Pipeline:
     def idle(self, stages: int, microbatches: int | None = None) -> float:
         """Share of the pipeline's time in which a stage has no microbatch: (S − 1) / (V · M + S − 1)."""
         return idle_share("interleaved", stages, microbatches or self.microbatches, self.chunks)
+
+    @staticmethod
+    def check_model(model: ModelConfig) -> None:
+        """Whether the model asks for nothing that is not built in a pipeline.
+
+        Raises:
+            ValueError: it does.
+        """
+        for name, value, other in (("remat", "offload", "full"), ("gradient_sum", "float32", "compute")):
+            require(
+                getattr(model, name) != value, "ModelConfig", name, value,
+                f"is not built in a pipeline: take {other!r}, or leave RunConfig.pipeline out",
+            )  # fmt: skip
 
     def check_layers(self, stages: int, layers: int) -> None:
         """Whether each chunk of each stage gets a layer.

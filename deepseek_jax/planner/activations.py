@@ -57,8 +57,7 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
     assert isinstance(ffn, MoE)
     E, F = ffn.n_routed_experts, ffn.moe_intermediate_size
     places, shards, slices = expert_places(request), request.split("expert"), request.slices_of_experts
-    rows, arrivals = places.rows, places.arrivals
-    pairs = places.pairs if slices > 1 else tokens * ffn.num_experts_per_tok
+    rows, arrivals, pairs = places.rows, places.arrivals, places.pairs
     found += [of("router_logits", E, 4), of("router_scores", E, 4)]
     if slices > 1:  # sent, received, added up, sent back, added up
         found += [of("slice_sent", D, rows=places.departures, expert=True, read=False)]
@@ -66,10 +65,8 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
         found += [of("slice_sums", D, max(item, 4), rows=arrivals, expert=True, read=False)]
         found += [of("slice_back", D, max(item, 4), expert=True, read=False)]
     if shards > 1 and model.expert_exchange == "ring":
-        found += [
-            of(name, shards * D, rows=arrivals if slices > 1 else tokens, expert=True, read=False)
-            for name in ("expert_gathered", "expert_summed")
-        ]
+        names = ("expert_gathered", "expert_summed")
+        found += [of(name, shards * D, rows=arrivals, expert=True, read=False) for name in names]
     elif shards > 1:  # sorted, sent, sorted again, and all the way back
         found += [of("expert_sent", D, rows=pairs, expert=True, read=False)]
         found += [of(name, D, rows=rows, expert=True, read=False) for name in ("expert_received", "expert_returned")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from deepseek_jax.config import REMATS, MoE
-from deepseek_jax.planner.memory import memory_of
+from deepseek_jax.planner.memory import Memory, memory_of
 from deepseek_jax.planner.request import PlanRequest, changed
 from deepseek_jax.planner.shapes import check_divides
 
@@ -17,10 +17,18 @@ class Change:
 
     what: str
     request: PlanRequest
-    peak: int
-    """Bytes of a device with it."""
-    host: int
-    """Bytes of its host's memory."""
+    memory: Memory
+    """With it."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device."""
+        return self.memory.peak
+
+    @property
+    def host(self) -> int:
+        """Bytes of its host's memory."""
+        return self.memory.host
 
     @property
     def fits(self) -> bool:
@@ -30,10 +38,7 @@ class Change:
 def changes(request: PlanRequest) -> list[Change]:
     """Single changes that lower the peak, and all that cost no chips together; those that fit first, least first."""
     now = memory_of(request).peak
-    found = [
-        Change(what, other, memory.peak, memory.host)
-        for what, other, memory in ((what, other, memory_of(other)) for what, other in _tried(request))
-    ]
+    found = [Change(what, other, memory_of(other)) for what, other in _tried(request)]
     return sorted((one for one in found if one.peak < now), key=lambda one: (not one.fits, one.peak))
 
 

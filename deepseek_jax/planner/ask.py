@@ -12,7 +12,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.models.registry import get_config
 from deepseek_jax.parallel.bubbles import Schedule
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.parallel.pipeline import Pipeline
+from deepseek_jax.parallel.pipeline import SCHEDULES, Pipeline
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.analysis import Plan, analyse
 from deepseek_jax.planner.request import PlanRequest, Step, changed, parse_fields, parse_mesh, run_of
@@ -81,7 +81,7 @@ def make_request(
         given_chunks = {} if chunks is None else {"chunks": chunks}
         pipeline = run.pipeline or Pipeline(microbatches=microbatches)
         run = replace(run, pipeline=replace(pipeline, microbatches=microbatches, **given_chunks))
-    if schedule in ("gpipe", "1f1b") and run.pipeline is not None:  # which are built: its memory is planned too
+    if schedule in SCHEDULES and run.pipeline is not None:  # which are built: its memory is planned too
         run, schedule = replace(run, pipeline=replace(run.pipeline, schedule=schedule)), None
     run = changed(run, remat=remat, moments=moments, moments_on=moments_on, mtp=mtp, dtype=param_dtype)
     return PlanRequest(run=run, topology=topology, step=step, schedule=schedule, tokens=tokens)

@@ -193,7 +193,7 @@ def _layer(request: PlanRequest, found: tuple[Leaf, ...]) -> Iterable[Buffer]:
         weights = max((sum(gathered(name)) for name, _, _ in stacks), default=0)
         yield Buffer("gathered weights of one layer", "weights in use", weights, ("forward", "backward"))
         one = max((max(gathered(name)) for name, _, _ in stacks), default=0)
-        sums = max(compute, 4) if model.gradient_sum == "float32" else compute
+        sums = max(compute, 4) if model.wide_sums else compute
         yield Buffer("gradient of one gathered weight", "weights in use", one * sums // compute, ("backward",))
     else:
         one = max((max(gathered(name)) for name, _, _ in stacks), default=0)

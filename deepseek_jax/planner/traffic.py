@@ -105,7 +105,7 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         # Once in the forward and once in the backward pass; without recomputation the compiler may keep none either.
         yield _one(request, "weights gathered, forward", axes, pieces * moved)
         yield _one(request, "weights gathered, backward", axes, pieces * moved)
-    wide = max(param, 4) if model.gradient_sum == "float32" else 0
+    wide = max(param, 4) if model.wide_sums else 0
     for axes, moved in _gathered(request, trained(request), lambda leaf: max(param if leaf.wide else compute, wide)):
         yield _one(request, "gradients reduced and scattered", axes, pieces * moved)
     if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more

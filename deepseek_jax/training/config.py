@@ -200,11 +200,7 @@ class RunConfig:
                 "training in float16 needs loss scaling, which is not built: take bfloat16 or float32",
             )  # fmt: skip
         if self.pipeline is not None and self.mesh.stage != 1:
-            for name, value, other in (("remat", "offload", "full"), ("gradient_sum", "float32", "compute")):
-                require(
-                    getattr(self.model, name) != value, "ModelConfig", name, value,
-                    f"is not built in a pipeline: take {other!r}, or leave RunConfig.pipeline out",
-                )  # fmt: skip
+            self.pipeline.check_model(self.model)
         depth = self.model.num_nextn_predict_layers
         check(self.seq_len > depth + 1, "seq_len", f"must exceed the depth of multi-token prediction = {depth} by 2")
         check(
