@@ -6,22 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import micro, random_tokens, random_variables
+from helpers import micro, random_tokens, random_variables, run_config, variables_on
+from marks import needs_8
 
 import deepseek_jax as dsj
 from deepseek_jax.layers.experts import few_tokens_experts, routed_experts
 from deepseek_jax.models.cached import extend, init_cache, unstack
+from deepseek_jax.parallel.mesh import MeshConfig, make_mesh
 from deepseek_jax.platform import compile_for
 
 KINDS = ("llm-gqa", "v2-lite", "v3")  # GQA and MLA, with and without a query latent, both gates
 PLACES = 29  # no dim of the models
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.mark.parametrize(
@@ -119,3 +114,21 @@ def test_turned_matrices_give_the_same(monkeypatch):
     np.testing.assert_allclose(states[0][0], states[1][0], rtol=1e-5, atol=1e-5)
     turned = {name for name, shape in states[0][1].items() if states[1][1][name] != shape}
     assert len(turned) > 20 and not any("embedding" in name for name in turned)
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=needs_8)])
+def test_turned_matrices_keep_their_shards(devices):
+    """A run on one GPU samples from variables that lie on a mesh of one."""
+    config = micro("v3", num_hidden_layers=2)
+    run = run_config(config, mesh=MeshConfig(fsdp=devices))
+    model, variables = dsj.DeepSeek(config), random_variables(config)
+    placed = variables_on(make_mesh(run.mesh, jax.devices()[:devices]), run, variables)
+    alone, turned = (unstack(model, tree, few_rows=True) for tree in (variables, placed))
+    usual = unstack(model, placed)
+    for (path, x), expected, before in zip(
+        jax.tree.leaves_with_path(turned), jax.tree.leaves(alone), jax.tree.leaves(usual), strict=True
+    ):
+        np.testing.assert_array_equal(x, expected, err_msg=jax.tree_util.keystr(path))
+        assert sorted(x.sharding.shard_shape(x.shape)) == sorted(before.sharding.shard_shape(before.shape)), path
+    matrix = turned.layers[0]["params"]["attention"]["w_dq"]
+    assert matrix.shape == usual.layers[0]["params"]["attention"]["w_dq"].shape[::-1]

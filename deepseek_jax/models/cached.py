@@ -118,8 +118,8 @@ def _taken(path: Any, leaf: Array, config: ModelConfig, few_rows: bool, count: i
     where: Any = None
     sharding = None if isinstance(leaf, Tracer) else leaf.sharding
     if isinstance(sharding, NamedSharding):
-        assert order is None  # a mesh has more than a few rows
-        where = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec if count is None else sharding.spec[1:])))
+        axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))][count is not None :]
+        where = NamedSharding(sharding.mesh, PartitionSpec(*(axes if order is None else [axes[i] for i in order])))
     return _changed(leaf, dtype, order, count, where)
 
 
