@@ -16,6 +16,10 @@ _FLAGS = {
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most programs here run once, and unoptimised code of the same formulas compiles in half the time.
     _FLAGS["xla_backend_optimization_level"] = "0"
+elif "tpu" not in os.environ["JAX_PLATFORMS"]:
+    # Tests compare float32 to 1e-5 and resumed runs bit for bit: a GPU multiplies in TF32 and adds in any order unless told.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    _FLAGS["xla_gpu_deterministic_ops"] = "true"
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}".strip()

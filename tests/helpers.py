@@ -1,5 +1,7 @@
 """Small models with weights at which everything matters, and comparisons."""
 
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,11 @@ def save_model_of_bytes(folder: Path, **fields: Any) -> None:
 
 def random_tokens(config: ModelConfig, shape: tuple[int, int], seed: int = 1) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
+
+
+def one_device_flags() -> str:
+    """XLA_FLAGS of these tests, for a process with one device."""
+    return re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ["XLA_FLAGS"]).strip()
 
 
 def run_config(model: ModelConfig, **fields: Any) -> RunConfig:

@@ -16,14 +16,6 @@ from deepseek_jax.posttrain.divergence import Divergence, Live, divergence_sums,
 from deepseek_jax.posttrain.policy import init_policy
 from deepseek_jax.training.config import AdamW
 
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 # The loss of one place, written out; numbers are Python's.
 
 

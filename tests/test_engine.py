@@ -1,6 +1,5 @@
 """The engine against the plain sampler, and requests that share a batch against requests alone."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,13 +12,6 @@ from deepseek_jax.infer.reference import generate_reference
 from deepseek_jax.infer.sampling import Sampling, sample, settings
 
 LENGTHS = (5, 17, 1, 40, 9, 3)
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def _model(kind):

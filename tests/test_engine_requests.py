@@ -15,13 +15,6 @@ from deepseek_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from deepseek_jax.posttrain.rollout import require_same
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def v3():
     config = micro("v3", num_hidden_layers=2, vocab_size=259)

@@ -21,13 +21,6 @@ from deepseek_jax.training import AdamW
 from deepseek_jax.training.optimizer import make_optimizer
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def _rollouts(config, B=4, T=11):
     draw = np.random.default_rng(0)
     mask = np.arange(T) >= 4

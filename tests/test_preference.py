@@ -97,10 +97,9 @@ def test_the_gradient_equals_autodiff_through_whole_logits_and_a_literal_loop(sm
         logp, reference = logprobs(params), logprobs(state.reference)
         return dpo_loss(config, logp, reference)[0].mean(), (logp, reference)
 
-    with jax.default_matmul_precision("highest"):
-        (value, (logp, reference)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(state.params)
-        found, metrics = jax.jit(dpo_gradient(model, config, chunk=5), static_argnums=2)(state, batch, 4)
-        scores = jax.jit(dpo_scores(model, chunk=4))(state, batch)
+    (value, (logp, reference)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(state.params)
+    found, metrics = jax.jit(dpo_gradient(model, config, chunk=5), static_argnums=2)(state, batch, 4)
+    scores = jax.jit(dpo_scores(model, chunk=4))(state, batch)
     np.testing.assert_allclose(scores["logp"], logp, rtol=1e-5)
     np.testing.assert_allclose(scores["reference"], reference, rtol=1e-5)
     literal = literal_dpo(*(np.asarray(x, np.float64) for x in (logp, reference)), 0.3, 0.1)

@@ -25,13 +25,6 @@ from deepseek_jax.training import AdamW
 from deepseek_jax.training.loss import cross_entropy_sum
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def _model(kind, **fields):
     """Two layers, both of experts where the kind has them."""
     config = micro(kind, num_hidden_layers=2, **fields)

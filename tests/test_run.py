@@ -10,6 +10,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+from helpers import one_device_flags
 
 import deepseek_jax as dsj
 from deepseek_jax.metrics.writer import read_jsonl
@@ -38,10 +39,9 @@ CONFIG = textwrap.dedent(
 
 def command(*words):
     """What `deepseek-jax` prints, run as a process of its own on one device."""
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(
         [sys.executable, "-c", "from deepseek_jax.cli.main import main; raise SystemExit(main())", *map(str, words)],
-        env=os.environ | flags, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"XLA_FLAGS": one_device_flags()}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

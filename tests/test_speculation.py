@@ -12,13 +12,6 @@ import deepseek_jax as dsj
 from deepseek_jax.infer.engine import Engine, Request, Sampling
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """GPUs multiply float32 in TF32 unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def _model():
     config = micro("v3", num_hidden_layers=2)
     return dsj.DeepSeek(config), random_variables(config)

@@ -1,7 +1,6 @@
 """Signals, hangs, kills, full disks and poisoned batches: nothing lost, nothing wrong kept, and the run says so."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import one_device_flags
 from trouble import small_run
 
 import deepseek_jax as dsj
@@ -305,7 +305,7 @@ def test_weights_of_another_run(small, quiet_train, tmp_path):
         quiet_train(replace(config, init_from=str(tmp_path / "absent")), tmp_path / "third")
 
 
-def test_certificate(small, tmp_path):
+def test_certificate(small, tmp_path, monkeypatch):
     """The whole recipe at once: ramp, accumulation, λ and γ by tokens, EMA, spikes, stored moments, mixture, masking."""
     from deepseek_jax.data.sources import PythonStdlib
     from deepseek_jax.training import AdamW, BatchRamp, SpikeSkip
@@ -320,12 +320,9 @@ def test_certificate(small, tmp_path):
     )  # fmt: skip
     sources = (*config.data.sources, PythonStdlib(max_bytes=400_000, weight=0.5))
     config = replace(config, data=replace(config.data, sources=sources, cross_document_attention=False))
-    before = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, quick to compile
-    try:
+    with monkeypatch.context() as patched:
+        patched.setenv("XLA_FLAGS", one_device_flags())  # one device is quicker to compile for
         certificate = dsj.certify(config, tmp_path / "proof", steps=3, say=lambda text: None)
-    finally:
-        os.environ["XLA_FLAGS"] = before or ""
     assert certificate["equal"], certificate["differences"]
     assert json.loads((tmp_path / "proof" / "manifest.json").read_text())["certificate"]["state_sha256"]
     # It can fail: one changed number in one line, one bit in the state.
