@@ -26,7 +26,7 @@ r1-demo: ## R1-Zero's claim in minutes on a CPU, from nothing: make r1-demo SEED
 
 test: ## run the tests, on the CPU unless JAX_PLATFORMS says otherwise
 	$(install) "test,$(EXTRAS)"
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: ## check style and types
 	$(install) "dev,$(EXTRAS)"
@@ -47,7 +47,7 @@ studies: ## more cases of some tests, and the experiments again: over an hour; t
 	$(install) "test,$(EXTRAS)"
 	$(VENV)/bin/python experiments/published_schedules/run.py
 	JAX_PLATFORMS=cpu $(VENV)/bin/python experiments/costs/run.py
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m study
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m study
 	DEEPSEEK_JAX_KILLS=20 $(VENV)/bin/python -m pytest tests/test_checkpoint_damage.py -k killed
 	$(VENV)/bin/python experiments/kill_points/run.py
 	$(VENV)/bin/python experiments/pretraining_small/run.py
