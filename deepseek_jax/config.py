@@ -221,6 +221,11 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Remat = Literal["none", "v3", "full", "offload"]
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """From the most memory to the least."""
+LAYOUT = (
+    "remat", "scan_layers", "expert_exchange", "expert_across_slices", "expert_gather_parts", "expert_buffer_factor",
+)  # fmt: skip
+"""Fields of a ModelConfig for the machine at hand: a run may go on with others. They change no number but by rounding, and by
+the pairs that a bounded buffer leaves out, which are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +269,7 @@ class ModelConfig:
     of its own once: at most `MoE.topk_group` slices, where the groups lie each within one (V3, section 2.1.2)."""
     expert_buffer_factor: float | None = None
     """Places of a shard for the token-expert pairs it receives, over its even share; None: room for all that can come.
-    Pairs that find no place are left out, counted and logged as `overflow`."""
+    Pairs that find no place are left out, counted and logged as `overflow`. Of pre-training and fine-tuning alone."""
     expert_gather_parts: int = 1
     """Runs in which a device of a mesh gathers its experts' weights and serves their tokens: more take less memory at once,
     and gather once more for the backward pass."""

@@ -121,6 +121,23 @@ def test_what_finds_no_place_is_left_out_and_counted(exchange):
     np.testing.assert_allclose(some, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("exchange", ["ragged", "ring"])
+def test_bounded_buffers_are_for_counted_tokens_and_of_training(exchange):
+    """Padding, here all for the experts 0 and 1, takes no place; a decoding step has room for all."""
+    x, indices, weights, *matrices = experts_of(1, True)
+    valid = jnp.zeros(x.shape[:2], bool).at[:, 1].set(True)
+    assert valid.sum() * indices.shape[-1] == indices.size / 4  # the places of a shard
+    way = Exchange(way=exchange, buffer_factor=1.0)
+    with use_mesh(make_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])):
+        served = partial(parallel_experts, x, indices, weights, *matrices)
+        whole, _ = jax.jit(partial(served, exchange=Exchange(way=exchange), decoding=False))()
+        some, left = jax.jit(partial(served, exchange=way, decoding=False, valid_BT=valid))()
+        decoded, none = jax.jit(partial(served, exchange=way, decoding=True, valid_BT=valid))()
+    assert left == none == 0
+    np.testing.assert_allclose(some, jnp.where(valid[..., None], whole, 0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(decoded, whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("wide_sums", [False, True])
 def test_devices_add_the_gradients_of_a_gathered_weight(wide_sums):
     """1 of the first and 2⁻⁹ of the others, which bfloat16 cannot tell from what it holds."""

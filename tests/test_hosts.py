@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -228,7 +228,7 @@ def test_rows_of_processes_make_up_the_batches_of_a_run(ramp, monkeypatch):
     positions = []
     for step in range(14):
         positions.append(plain.get_state())
-        assert feeds[0].get_state() == feeds[1].get_state() == positions[-1]
+        assert feeds[0].get_state() == feeds[1].get_state() == positions[-1] | {"piece": run.piece_size}
         size = run.plan.batch_size(step)
         whole = np.concatenate([next(plain)["tokens"] for _ in range(size // run.piece_size)])
         joined = np.full_like(whole, -1)
@@ -315,3 +315,21 @@ def test_no_cluster_and_verbs_for_one_host(config, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "--hosts" in capsys.readouterr().out
+
+
+def test_hosts_of_gpus_are_no_slices():
+    """XLA numbers them as it numbers slices of TPUs, but weights may be sharded over all."""
+
+    @dataclass(frozen=True)
+    class Device:
+        id: int
+        platform: str
+
+        @property
+        def slice_index(self):
+            return self.id // 8
+
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=8), [Device(i, "gpu") for i in range(16)])
+    assert [d.slice_index for d in mesh.devices.flat] == [0] * 8 + [1] * 8
+    with pytest.raises(ValueError, match="MeshConfig.slice = 1: the devices lie in 2 slices, set it to that"):
+        make_mesh(MeshConfig(data=1, fsdp=2, expert=8), [Device(i, "tpu") for i in range(16)])

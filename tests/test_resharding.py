@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 from helpers import assert_trees_close, micro, random_tokens, random_variables, run_config
 from marks import needs_8
+from trouble import small_run
 
+import deepseek_jax as dsj
 from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import LAYOUT
 from deepseek_jax.infer.engine import Engine, Request, Sampling
 from deepseek_jax.models.counts import abstract_variables
 from deepseek_jax.models.transformer import DeepSeek
 from deepseek_jax.parallel import MeshConfig, make_mesh, tree_shardings, use_mesh
 from deepseek_jax.posttrain.rollout import require_same
 from deepseek_jax.posttrain.sampler import Sampler
+from deepseek_jax.training import BatchRamp
 from deepseek_jax.training.state import abstract_state, init_state
 from deepseek_jax.training.step import compile_train_step, place_batch
 
@@ -106,3 +110,36 @@ def test_a_policys_weights_move_to_the_layout_of_its_rollouts():
         other["params"]["final_norm"]["scale"] = placed["params"]["final_norm"]["scale"] + 1
         with pytest.raises(ValueError, match=r"1 of \d+ leaves of the sampler are not the trainer's"):
             require_same(model, other, weights, generation)
+
+
+def test_another_machine_has_its_own_layout(tmp_path):
+    """What a mesh needs to run the same recipe may change with it: pieces, recomputation, how experts are reached."""
+    mixture = dsj.get_config("deepseek-v3-micro")
+    mixture = replace(
+        mixture, vocab_size=320, num_hidden_layers=1, num_nextn_predict_layers=0, dtype="float32",
+        ffn=replace(mixture.ffn, first_k_dense_replace=0),
+    )  # fmt: skip
+    ramp = BatchRamp(start=16, tokens=500, increment=16)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text(" ".join(np.random.default_rng(i).choice(["alpha", "beta", "gamma"], 60)))
+    config = small_run(
+        corpus, tmp_path / "cache", model=mixture, steps=6, batch_size=32, accumulation=4, batch_ramp=ramp,
+        checkpoint_every=3,
+    )  # fmt: skip
+    whole = dsj.train(config, tmp_path / "run", progress=False)
+    with Store(tmp_path / "run" / "checkpoints") as store:
+        store.discard(6)
+    layout = dict(
+        remat="full", scan_layers=False, expert_exchange="ring", expert_gather_parts=2, expert_across_slices=True,
+        expert_buffer_factor=4.0,
+    )  # fmt: skip
+    assert layout.keys() == set(LAYOUT)
+    mesh = MeshConfig(data=2, expert=4)
+    other = replace(config, accumulation=2, model=replace(mixture, **layout), mesh=mesh)
+    run = dsj.train(other, tmp_path / "run", progress=False)
+    assert [line["step"] for line in run.metrics] == [line["step"] for line in whole.metrics]
+    for line, expected in zip(run.metrics, whole.metrics, strict=True):
+        assert line["tokens"] == expected["tokens"]
+        np.testing.assert_allclose(line.get("loss", 0.0), expected.get("loss", 0.0), rtol=1e-5)

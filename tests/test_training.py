@@ -45,6 +45,18 @@ def test_accumulated_equals_whole_batch():
             np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-10)
 
 
+def test_router_entropy_does_not_depend_on_accumulation():
+    """A mean over tokens; here every other row is padding but for two."""
+    run = run_config(_small("moe", dtype="float32"))
+    state, batch = init_state(run), _batch(run)
+    batch["segment_ids"] = jnp.ones_like(batch["tokens"]).at[1::2, 2:].set(0)
+    (_, metrics), (_, other) = (
+        jax.jit(make_train_step(replace(run, accumulation=accumulation)))(state, batch) for accumulation in (1, 2)
+    )
+    entropies = [m["router"]["moe_layers"]["entropy"] for m in (metrics, other)]
+    np.testing.assert_allclose(*entropies, rtol=1e-6)
+
+
 def test_v2_dropping_does_not_depend_on_accumulation():
     with jax.enable_x64(True):
         run = run_config(_small("v2", dtype="float64", param_dtype="float64"))

@@ -18,7 +18,7 @@ from trouble import small_run
 import deepseek_jax as dsj
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.metrics.writer import read_jsonl
-from deepseek_jax.training import ByTokens, MultiStep, NotFinite, SaveFailed, loop, saves
+from deepseek_jax.training import BatchRamp, ByTokens, MultiStep, NotFinite, SaveFailed, loop, saves
 from deepseek_jax.training import step as step_module
 from deepseek_jax.training.loss import loss_parts
 
@@ -308,7 +308,7 @@ def test_weights_of_another_run(small, quiet_train, tmp_path):
 def test_certificate(small, tmp_path, monkeypatch):
     """The whole recipe at once: ramp, accumulation, λ and γ by tokens, EMA, spikes, stored moments, mixture, masking."""
     from deepseek_jax.data.sources import PythonStdlib
-    from deepseek_jax.training import AdamW, BatchRamp, SpikeSkip
+    from deepseek_jax.training import AdamW, SpikeSkip
 
     v3 = dsj.get_config("deepseek-v3-micro")
     config = small(

@@ -130,7 +130,7 @@ class Store:
             json.dumps(note, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"meta={meta!r}: JSON cannot hold it ({error})") from None
-        if int(step) in self.steps():
+        if int(step) in hosts.of_first(self.steps()):  # one answer: Orbax has all wait for all
             return False
         parts = {
             _STATE: self._ocp.args.PyTreeSave(leaves.to_stored(named)),
@@ -211,6 +211,7 @@ class Store:
     def discard(self, step: int) -> None:
         """Deletes one step."""
         self.wait()
+        self._manager.reload()  # may have been listed before another process wrote it
         self._manager.delete(int(step))
 
     def restore(

@@ -13,7 +13,7 @@ Everything is local to one `shard_map`, so the same code runs where the experts 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Exchange:
     """How tokens get to their experts."""
     buffer_factor: float | None = None
     """Places of a shard for the pairs it receives, over its even share of them; None: room for all that can come. Pairs
-    that find no place are left out and counted."""
+    that find no place are left out and counted. Of training alone: decoding, where nobody would hear of it, has room."""
     gather_parts: int = 1
     """Runs in which a device gathers its experts and serves their rows, one after the other."""
     wide_sums: bool = False
@@ -113,7 +113,7 @@ _TOKENS = ("batch", "length", "none")
 
 def parallel_experts(
     x_BTD: Array, indices_BTX: Array, weights_BTX: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array,
-    *, exchange: Exchange, decoding: bool,
+    *, exchange: Exchange, decoding: bool, valid_BT: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """As `routed_experts`, under the ambient mesh.
 
@@ -126,6 +126,7 @@ def parallel_experts(
         w_down_EFD: see `w_gate_EDF`.
         exchange: see there.
         decoding: no gradient is wanted, and there may be few tokens.
+        valid_BT: bool; the others take no place from these in buffers that are bounded, and come back as 0 there.
 
     Returns:
         [B, T, D] in the dtype of `x_BTD`, and float32 []: pairs left out, on all devices.
@@ -134,8 +135,13 @@ def parallel_experts(
     slices = tuple(axis for axis in axes_of(exchange.axis) if axis not in experts)
     everyone = (*axes_of("batch"), *axes_of("length"))
     dtype, E = x_BTD.dtype.name, w_gate_EDF.shape[0]
+    if decoding:
+        exchange = replace(exchange, buffer_factor=None)
+    bounded = exchange.buffer_factor is not None and valid_BT is not None
+    if valid_BT is None:
+        valid_BT = jnp.ones(x_BTD.shape[:2], bool)
 
-    def local(x_BTD: Array, indices: Array, weights: Array, *stored: Array) -> tuple[Array, Array]:
+    def local(x_BTD: Array, indices: Array, weights: Array, valid_BT: Array, *stored: Array) -> tuple[Array, Array]:
         B, T, D = x_BTD.shape
         X = indices.shape[-1]
         x_MD, indices_MX, weights_MX = x_BTD.reshape(B * T, D), indices.reshape(B * T, X), weights.reshape(B * T, X)
@@ -148,6 +154,8 @@ def parallel_experts(
         else:
             serve = _ragged if exchange.way == "ragged" and experts and not decoding else _ring
             S, L = (lax.axis_size(axes) if axes else 1 for axes in (experts, slices))
+            if bounded:
+                indices_MX = jnp.where(valid_BT.reshape(B * T, 1), indices_MX, E)  # no expert's
             places = exchange.places(B * T, X, E, S, L)
             within = partial(serve, swiglu=swiglu, E=E // L, rows=places.rows, axes=experts)
             if slices:
@@ -156,15 +164,16 @@ def parallel_experts(
                     partial(within, pairs=places.pairs),
                 )  # fmt: skip
             else:
-                out_MD, left_out = within(x_MD, indices_MX, weights_MX)
+                pairs = B * T * X if bounded else None
+                out_MD, left_out = within(x_MD, indices_MX, weights_MX, pairs=pairs)
         if inner:  # every device has summed over its part of F
             out_MD = lax.psum(out_MD, inner)
         return out_MD.reshape(B, T, D), lax.psum(left_out, everyone) if everyone else left_out
 
     inward, outward = (exchange.axis, "expert_embed", "ffn"), (exchange.axis, "ffn", "expert_embed")
-    in_names = (_TOKENS, _TOKENS, _TOKENS, inward, inward, outward)
+    in_names = (_TOKENS, _TOKENS, _TOKENS, _TOKENS[:2], inward, inward, outward)
     mapped = sharded_map(local, in_names, (_TOKENS, ()))
-    return mapped(x_BTD, indices_BTX, weights_BTX, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return mapped(x_BTD, indices_BTX, weights_BTX, valid_BT, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
 def _gathered(stored: Sequence[Array], axes: tuple[str, ...], dtype: str, wide_sums: bool) -> Any:

@@ -31,11 +31,11 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, indices_BTX: Array, weights_BTX: Array, decoding: bool = False
+        self, x_BTD: Array, indices_BTX: Array, weights_BTX: Array, valid_BT: Array, decoding: bool = False
     ) -> tuple[Array, Array]:
         """Σ over the chosen experts, [B, T, D], and the token-expert pairs that found no place at their expert's shard.
 
-        `decoding`: no gradient is wanted, and there may be few tokens.
+        `valid_BT`, `decoding`: see `parallel_experts`.
         """
         E, (B, T, D), F = self.n_routed_experts, x_BTD.shape, self.moe_intermediate_size
 
@@ -49,7 +49,7 @@ class Experts(nn.Module):
         )
         if on_mesh():
             return parallel_experts(
-                x_BTD, indices_BTX, weights_BTX, *matrices, exchange=self.exchange, decoding=decoding
+                x_BTD, indices_BTX, weights_BTX, *matrices, valid_BT=valid_BT, exchange=self.exchange, decoding=decoding
             )
         flat = (x.reshape(B * T, -1) for x in (x_BTD, indices_BTX, weights_BTX))
         arguments = (*flat, *(w.astype(x_BTD.dtype) for w in matrices))
@@ -82,7 +82,7 @@ class MoELayer(nn.Module):
             dropped = (~kept & context.valid[..., None]).sum().astype(scores.dtype)
             weights = weights * kept
         experts = Experts(c.n_routed_experts, c.moe_intermediate_size, exchange=self.exchange, name="experts", **kwargs)
-        out, overflow = experts(x_BTD, indices, weights, decoding=context.positions is not None)
+        out, overflow = experts(x_BTD, indices, weights, context.valid, decoding=context.positions is not None)
         out = shard(out, "batch", "length", "act_embed")
         if c.n_shared_experts:
             width = c.n_shared_experts * c.moe_intermediate_size

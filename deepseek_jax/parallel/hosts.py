@@ -214,10 +214,8 @@ def on_first(tree: Any) -> Any | None:
 
     Leaf by leaf, since each passes through every device in whole.
     """
-    replicated: Any = None
 
     def one(leaf: jax.Array) -> Any:
-        nonlocal replicated
         if leaf.is_fully_addressable:
             return jax.device_put(leaf, jax.local_devices()[0])
         mesh = leaf.sharding.mesh  # type: ignore[attr-defined]

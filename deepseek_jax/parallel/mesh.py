@@ -88,14 +88,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     On TPUs the axes are laid along the torus. Devices of several slices are grouped by slice along `slice`.
 
     Raises:
-        ValueError: the degrees do not fit the devices, or `slice` does not fit the slices that they lie in.
+        ValueError: the degrees do not fit the devices, or `slice` does not fit the slices of TPUs that they lie in.
     """
     devices = jax.devices() if devices is None else list(devices)
     degrees = config.resolved(len(devices))
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    # GPUs have a slice_index too, one a host: it binds nothing, and hosts come one after the other in `devices`.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices}) if on_tpu else 1
     if slices > 1 and degrees["slice"] != slices:
         raise ValueError(f"MeshConfig.slice = {degrees['slice']}: the devices lie in {slices} slices, set it to that")
-    if devices[0].platform != "tpu":
+    if not on_tpu:
         grid = np.asarray(devices, dtype=object).reshape(tuple(degrees.values()))
     elif slices > 1:
         inside = {name: 1 if name == "slice" else degree for name, degree in degrees.items()}
@@ -116,7 +118,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     libtpu 0.0.42 insists on a barrier of the exchange's own, which it does not find on many layouts of more than 512 chips
     ("Assigned barrier is not acceptable"); let be, it takes one of all chips there.
     """
-    if mesh.devices.flat[0].platform != "tpu" or mesh.size <= 512 or mesh.shape["expert"] == 1:
+    if mesh.devices.flat[0].platform != "tpu" or mesh.size <= 512 or mesh.shape["expert"] * mesh.shape["slice"] == 1:
         return None
     return {"xla_tpu_force_custom_barrier_for_ragged_all_to_all": "false"}
 

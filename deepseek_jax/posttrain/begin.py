@@ -73,6 +73,7 @@ def open_start(
     model = replace(
         found, dtype=dtype, param_dtype=config.param_dtype, remat=config.remat or found.remat,
         num_nextn_predict_layers=found.num_nextn_predict_layers if mtp else 0,
+        expert_buffer_factor=None,  # nothing here would say how much a bound leaves out
     )  # fmt: skip
     model, _ = fit_dtype(model)
     template = template_of(source, tokenizer, config.template)

@@ -37,8 +37,8 @@ T = TypeVar("T")
 Line = dict[str, Any]
 
 FREE = (
-    "mesh", "generation_mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "verify_checkpoints",
-    "max_skipped_in_a_row", "hang_timeout_s", "writers",
+    "mesh", "generation_mesh", "remat", "pieces", "loss_chunk", "log_every", "eval_every", "checkpoint_every",
+    "keep_checkpoints", "verify_checkpoints", "max_skipped_in_a_row", "hang_timeout_s", "writers",
 )  # fmt: skip
 """Fields of a configuration that may change when a run goes on."""
 
@@ -154,7 +154,8 @@ class Session:
         keep_tokenizer(tokenizer, self.run_dir / "tokenizer.json", "the run has now: start a new run folder")
         found = self.store.latest_good(self.config.verify_checkpoints, self.say)
         if found is not None:
-            require_same(self.store.meta(found)["pinned"], self._pinned)
+            saved = self.store.meta(found)["pinned"]
+            require_same({k: v for k, v in saved.items() if k not in self._free}, self._pinned)
         discard_after(self.store, found, self.say)
         self._position = position
         if found is None:

@@ -18,7 +18,7 @@ from deepseek_jax.chat.data import ChatData
 from deepseek_jax.chat.dataset import Chats, keep_of_chats, load_chats
 from deepseek_jax.checkpoint import leaves
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import LAYOUT, ModelConfig
 from deepseek_jax.data.dataset import Data, load
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.parallel import hosts
@@ -27,10 +27,10 @@ from deepseek_jax.parallel.rules import degree
 from deepseek_jax.training.config import RunConfig
 from deepseek_jax.training.state import TrainState, abstract_state, init_state, new_state
 
-# Fields that decide what a step computes. Others (logging, checkpoints, mesh …) may change from start to start.
+# Fields that decide what a step computes. Others (logging, checkpoints, mesh, accumulation …) may change from start to start.
 _PINNED = (
-    "model", "schedule", "optimizer", "batch_size", "seq_len", "accumulation", "batch_ramp", "train_tokens",
-    "mtp_loss_weight", "bias_update_speed", "lora", "ema_decay", "spike_skip", "seed",
+    "model", "schedule", "optimizer", "batch_size", "seq_len", "batch_ramp", "train_tokens", "mtp_loss_weight",
+    "bias_update_speed", "lora", "ema_decay", "spike_skip", "seed",
 )  # fmt: skip
 
 
@@ -123,7 +123,10 @@ def resume(
     state, meta = None, {}
     if step is not None:
         meta = store.meta(step)
-        require_same(meta.get("pinned", {}), pinned)
+        saved = meta.get("pinned", {})
+        if "accumulation" in saved:  # from when it had to stay: the position is in pieces of it
+            pinned = pinned | {"accumulation": config.accumulation}
+        require_same(saved, pinned)
         if meta.get("horizon", config.horizon) != config.horizon:
             say(
                 f"the schedule was laid out for {meta['horizon']:,} tokens, and is for {config.horizon:,} now: the rates "
@@ -158,14 +161,16 @@ def pinned_fields(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue with another recipe, or on other data.
+    """Refuse to continue with another recipe, or on other data. The model's `LAYOUT` may change.
 
     Raises: ValueError that names each field that differs.
     """
     defaults = {field.name: field.default for field in fields(ModelConfig)}
-    if isinstance(model := saved.get("model"), dict):  # a field that was not there yet
+    if isinstance(model := saved.get("model"), dict):
+        # What this version has and that one had not, it did as the defaults say.
         missing = {name: defaults[name] for name in now["model"] if name not in model and name in defaults}
-        saved = saved | {"model": missing | model}
+        now = now | {"model": now["model"] | dict.fromkeys(LAYOUT)}
+        saved = saved | {"model": missing | model | dict.fromkeys(LAYOUT)}
     changes = list(_changes(saved, now, ""))
     if changes:
         raise ValueError(

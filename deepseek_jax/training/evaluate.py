@@ -21,7 +21,8 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
     """A function from a state to `held_out_loss` (nats a token) and `held_out_bits_per_byte`.
 
     With several sources these are over all windows read, and `held_out` has both of each source. With `ema_decay` the
-    running mean of the weights is evaluated too: `held_out_ema`.
+    running mean of the weights is evaluated too: `held_out_ema`. `held_out_overflow` is
+    the share of token-expert pairs that a bounded buffer left out, where it did.
 
     It reads at most `config.eval_sequences` windows a source, evenly spread over its held-out documents and the same
     each time. Bytes are those of the text that the counted tokens stand for; the end-of-document token stands for none.
@@ -30,7 +31,7 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
     sources = {name: _batches(config, source, bytes_of_token) for name, source in data.held_out.items()}
 
     @jax.jit
-    def sums(params: Any, router: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def sums(params: Any, router: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         variables = {"params": params, **({"router": router} if router else {})}
         model = DeepSeek(config.model)
         segment_ids = batch["segment_ids"][:, :-1]
@@ -38,14 +39,19 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
         w_DW = model.apply(variables, method="head_kernel")
         targets = jax.tree.map(lambda x: zigzag(x, "none", "batch", "length"), make_targets(batch, 0))
         weights = targets.counted[0].astype(jnp.float32)
-        return cross_entropy_sum(out.hidden, w_DW, targets.tokens[0], weights, config.loss_chunk), weights.sum()
+        nats = cross_entropy_sum(out.hidden, w_DW, targets.tokens[0], weights, config.loss_chunk)
+        routers = out.router.values()
+        left_out = sum((stats.overflow.sum() for stats in routers), jnp.zeros(()))
+        return nats, weights.sum(), left_out, sum((stats.load.sum() for stats in routers), jnp.zeros(()))
 
     def of(params: Any, router: Any) -> dict[str, Any]:
         by_source = {}
         for name, (batches, text_bytes) in sources.items():
             results = [sums(params, router, place_batch(batch, mesh)) for batch in batches]
-            nats, tokens = (sum(float(part) for part in parts) for parts in zip(*results, strict=True))
-            by_source[name] = (nats, tokens, text_bytes)
+            by_source[name] = (
+                *(sum(float(part) for part in parts) for parts in zip(*results, strict=True)),
+                text_bytes,
+            )
         if not by_source:
             return {}
         line: dict[str, Any] = {
@@ -80,5 +86,6 @@ def _batches(config: RunConfig, source: Any, bytes_of_token: np.ndarray) -> tupl
     return batches, text_bytes
 
 
-def _means(nats: float, tokens: float, text_bytes: int) -> dict[str, float]:
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(text_bytes, 1)}
+def _means(nats: float, tokens: float, left_out: float, chosen: float, text_bytes: int) -> dict[str, float]:
+    means = {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(text_bytes, 1)}
+    return means | ({"overflow": left_out / chosen} if left_out else {})

@@ -1,8 +1,8 @@
 """What a run reads: of each global batch, the rows that this process' devices hold.
 
 Which windows make a batch is arithmetic from its number, and which rows are ours is asked of the sharding, so the
-batches depend on neither the mesh nor the number of processes: a run goes on with other ones without a window lost or
-read twice.
+batches depend on neither the mesh, nor the number of processes, nor the pieces of a step: a run goes on with other ones
+without a window lost or read twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepseek_jax.training.step import BATCH_AXES
 
 
 class Feed:
-    """Batches of a run, in order, with the position as a checkpoint holds it: the number of pieces read."""
+    """Batches of a run, in order, with the position as a checkpoint holds it: the number of pieces read, and their size."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, data: Any):
         """
@@ -44,11 +44,13 @@ class Feed:
 
     def get_state(self) -> dict[str, Any]:
         """The position, the same on every process."""
-        return self._batches.get_state()
+        return self._batches.get_state() | {"piece": self._piece}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
-        self._batches.set_state(state)
+        """Goes to a position; without a size, one in pieces as they are now."""
+        windows = state["next_index"] * state.get("piece", self._piece)
+        assert windows % self._piece == 0  # every step is whole pieces, of any size that divides a batch
+        self._batches.set_state({"next_index": windows // self._piece})
 
     def _share(self, piece: int) -> np.ndarray:
         """The windows that this process reads in place of a piece: its rows of the step, in as many parts as the step

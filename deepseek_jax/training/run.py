@@ -87,7 +87,7 @@ def draw_samples(
     from deepseek_jax.models.transformer import DeepSeek
 
     variables = {"params": state.params, **({"router": state.router} if state.router else {})}
-    if jax.process_count() > 1 and (reason := hosts.of_first(_no_room(variables))):
+    if len(jax.devices()) > 1 and (reason := hosts.of_first(_no_room(variables))):
         say(f"RunConfig.sample_prompts: {reason}; `deepseek-jax generate {run_dir}` draws them")
         return []
     if len(jax.devices()) > 1:  # a few prompts cannot be split over a mesh

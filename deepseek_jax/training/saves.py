@@ -81,7 +81,8 @@ class Saves:
                 self._store.wait()
         except (OSError, ValueError, RuntimeError) as error:
             self._failed(error, say, last=last)
-        if last and step and step not in (on_disk := self._store.steps()):
+        # As the first process sees it: another's file system may list a step later.
+        if last and step and step not in (on_disk := hosts.of_first(self._store.steps())):
             raise SaveFailed(f"step {step}, the last, is not in {self._store.directory}, which holds {on_disk}")
 
     def _failed(self, error: Exception, say: Callable[[str], None], *, last: bool = False) -> None:

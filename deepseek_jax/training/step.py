@@ -61,7 +61,9 @@ def make_train_step(config: RunConfig) -> TrainStep:
                 return loss_parts(config, whole(trained), state.router, batch, totals, now["mtp_loss_weight"])
 
             (total, losses), grads = jax.value_and_grad(objective, has_aux=True)(state.trained)
-            return grads, total, losses
+            # A mean over tokens, of which pieces hold different numbers: summed over selections until all are added up.
+            router = {k: replace(v, entropy=v.entropy * v.load.sum(axis=-1)) for k, v in losses.router.items()}
+            return grads, total, replace(losses, router=router)
 
         pieces = _pieces(config, batch)
         grads, total, losses = _summed(piece, batch, pieces)
@@ -103,7 +105,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
                 name: {
                     "load": stats.load,
                     "max_violation": max_violation(stats.load),
-                    "entropy": stats.entropy / pieces,
+                    "entropy": stats.entropy / jnp.maximum(stats.load.sum(axis=-1), 1),
                     "dropped": stats.dropped / jnp.maximum(stats.load.sum(axis=-1), 1),
                     "overflow": stats.overflow / jnp.maximum(stats.load.sum(axis=-1), 1),
                     **({"bias_spread": bias_spread(new.router[name])} if name in new.router else {}),
