@@ -14,8 +14,9 @@ from deepseek_jax.planner.compiled import environment
 
 
 def assert_experts_equal_one_device(
-    x: jax.Array, indices: jax.Array, rest: Any, cotangent: jax.Array, exchange: Exchange, layout: dict[str, int]
-) -> None:
+    x: jax.Array, indices: jax.Array, rest: Any, cotangent: jax.Array, exchange: Exchange, layout: dict[str, int],
+    valid: jax.Array | None = None,
+) -> None:  # fmt: skip
     """Value and gradients of routed experts (`rest`: gate weights and the three matrices) on a layout of 8 devices."""
     M = x.shape[0] * x.shape[1]
 
@@ -24,7 +25,7 @@ def assert_experts_equal_one_device(
         return (routed_experts(*flat, *matrices).reshape(x.shape) * cotangent).sum()
 
     def spread(x, weights, *matrices):
-        out, left = parallel_experts(x, indices, weights, *matrices, exchange=exchange, decoding=False)
+        out, left = parallel_experts(x, indices, weights, *matrices, exchange=exchange, decoding=False, valid_BT=valid)
         return (out * cotangent).sum(), left
 
     wanted = jax.value_and_grad(alone, range(5))(x, *rest)

@@ -138,6 +138,19 @@ def test_bounded_buffers_are_for_counted_tokens_and_of_training(exchange):
     np.testing.assert_allclose(decoded, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("exchange", ["ragged", "ring"])
+def test_what_padding_is_served_changes_no_gradient(exchange):
+    x, indices, *rest = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, experts_of(0, False)
+    )
+    draw = np.random.default_rng(9)
+    valid = jnp.asarray(draw.random(x.shape[:2]) < 0.6)
+    cotangent = jnp.asarray(draw.standard_normal(x.shape), jnp.float32) * valid[..., None]
+    layout = dict(expert=4, fsdp=2)
+    way = Exchange(way=exchange, buffer_factor=8.0)
+    assert_experts_equal_one_device(x, indices, rest, cotangent, way, layout, valid)
+
+
 @pytest.mark.parametrize("wide_sums", [False, True])
 def test_devices_add_the_gradients_of_a_gathered_weight(wide_sums):
     """1 of the first and 2⁻⁹ of the others, which bfloat16 cannot tell from what it holds."""

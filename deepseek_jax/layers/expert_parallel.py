@@ -164,8 +164,7 @@ def parallel_experts(
                     partial(within, pairs=places.pairs),
                 )  # fmt: skip
             else:
-                pairs = B * T * X if bounded else None
-                out_MD, left_out = within(x_MD, indices_MX, weights_MX, pairs=pairs)
+                out_MD, left_out = within(x_MD, indices_MX, weights_MX)
         if inner:  # every device has summed over its part of F
             out_MD = lax.psum(out_MD, inner)
         return out_MD.reshape(B, T, D), lax.psum(left_out, everyone) if everyone else left_out
@@ -208,7 +207,7 @@ def _ragged(
     x_MD: Array, indices_MX: Array, weights_MX: Array, swiglu: Swiglu, E: int, rows: int, axes: tuple,
     pairs: int | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`pairs`: places for what is sent, where most of the indices may be E, which is no expert; None: all are experts."""
+    """`pairs`: places for what is sent, where most of the indices may be E, which is no expert; None: one for each."""
     me, S = lax.axis_index(axes), lax.axis_size(axes)
     M, X = indices_MX.shape
     order_P, place_MX, counts_E = sort_pairs(indices_MX, E)
