@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import replace
 
 import jax
 import pytest
@@ -112,33 +111,6 @@ def test_less_is_kept_with_more_recomputation():
     assert len({f.model for f in flops}) == 1
     offload = dsj.plan("deepseek-v2-lite", "v5e:8x8", remat="offload")
     assert offload.memory.peak < peaks[2] and offload.flops == flops[2]
-
-
-def test_traffic_of_weights():
-    """Dense, fsdp 64: each device receives 63/64 of all layers' weights in bfloat16, twice, and their gradients once."""
-    model = replace(dsj.get_config("deepseek-llm-7b"), name="x")
-    plan = dsj.plan(model, "h100:8x8", "fsdp=64")
-    matrices = dsj.count_params(model).total - 4096 * (2 * 30 + 1)
-    assert [c.bytes for c in plan.traffic] == [pytest.approx(matrices * 2 * 63 / 64)] * 3
-    assert {c.link for c in plan.traffic} == {"network"}
-    inside = dsj.plan(model, "h100:8", "fsdp=8")
-    assert {c.link for c in inside.traffic} == {"nvlink"}
-    assert dsj.plan(model, "h100:1").traffic == ()
-
-
-def test_traffic_of_experts():
-    """Rows out and back in both passes: 4 · tokens · top-8 · 7168 · 2 bytes · 7/8, over 58 layers and the module."""
-    plan = dsj.plan("deepseek-v3", "h100:8x8", "fsdp=8,expert=8", remat="none")
-    exchange = next(c for c in plan.traffic if "experts" in c.name)
-    assert exchange.bytes == pytest.approx(59 * 4 * 4096 * 8 * 7168 * 2 * 7 / 8)
-    assert exchange.link == "nvlink"
-    assert exchange.seconds == pytest.approx(exchange.bytes / 450e9)
-
-
-def test_closed_rings_are_twice_as_fast():
-    open_ring, closed = (dsj.plan("deepseek-v2-lite", f"v5e:{n}x{n}", f"fsdp={n * n}") for n in (8, 16))
-    speeds = [plan.traffic[0].bytes / plan.traffic[0].seconds for plan in (open_ring, closed)]
-    assert speeds == [pytest.approx(2 * 50e9), pytest.approx(4 * 50e9)]
 
 
 def test_bubbles():
@@ -339,4 +311,5 @@ def test_exchanges_of_experts():
     assert rows(whole) == 2 * 7168 * 8 * 4096 * 8 and rows(bounded) == rows(ring) == rows(whole) * 1.5 / 8
     assert any("expert_buffer_factor" in change.what for change in changes(whole.request))
     moved = [next(c.bytes for c in plan.traffic if "experts" in c.name) for plan in (bounded, ring)]
-    assert moved[0] == pytest.approx(moved[1]), "eight experts a token over eight shards: as many rows either way"
+    # Eight experts a token over eight shards: as many rows either way, of which recomputation sends two and one again.
+    assert moved[0] / 6 == pytest.approx(moved[1] / 5)

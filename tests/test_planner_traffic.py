@@ -1,0 +1,102 @@
+"""Traffic and what it costs on each kind of link, against hand-made sums."""
+
+from dataclasses import replace
+
+import pytest
+
+import deepseek_jax as dsj
+from deepseek_jax.planner.topology import parse_topology
+
+
+def moved(plan, name: str) -> dict[str, float]:
+    """Bytes by link of what has this in its name."""
+    found: dict[str, float] = {}
+    for one in plan.traffic:
+        if name in one.name:
+            found[one.link] = found.get(one.link, 0) + one.bytes
+    return found
+
+
+def speed(plan, name: str) -> float:
+    return next(one.bytes / one.seconds for one in plan.traffic if name in one.name)
+
+
+def test_weights():
+    """Dense, fsdp 64: each device receives 63/64 of all layers' weights in bfloat16, twice, and their gradients once. Of
+    them its host needs 56/64, by eight network cards."""
+    model = replace(dsj.get_config("deepseek-llm-7b"), name="x")
+    plan = dsj.plan(model, "h100:8x8", "fsdp=64")
+    matrices = 2 * (dsj.count_params(model).total - 4096 * (2 * 30 + 1))
+    network = matrices * 56 / 64 / 8
+    for name in ("gathered, forward", "gathered, backward", "reduced and scattered"):
+        inside = matrices * 63 / 64 - network
+        assert moved(plan, name) == {"network": pytest.approx(network), "nvlink": pytest.approx(inside)}
+    inside = dsj.plan(model, "h100:8", "fsdp=8")
+    assert {c.link for c in inside.traffic} == {"nvlink"}
+    assert dsj.plan(model, "h100:1").traffic == ()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "remat", "trips"),
+    [
+        ("ragged", "none", 4), ("ragged", "v3", 5), ("ragged", "full", 6),
+        ("ring", "none", 4), ("ring", "v3", 4), ("ring", "full", 5),
+    ],
+)  # fmt: skip
+def test_experts(exchange, remat, trips):
+    """Rows out and back in both passes, and what is sent again: tokens · top-8 · 7168 · 2 bytes · 7/8 each time, over 58
+    layers and the module. On the ring all tokens of the seven others come: as many."""
+    plan = dsj.plan("deepseek-v3", "h100:8x8", "fsdp=8,expert=8", remat=remat, fields=(f"expert_exchange={exchange}",))
+    assert moved(plan, "experts and back") == {"nvlink": pytest.approx(59 * trips * 4096 * 8 * 7168 * 2 * 7 / 8)}
+    assert speed(plan, "experts and back") == pytest.approx(450e9)
+
+
+def test_experts_on_several_hosts():
+    """Of 15 other parts eight lie on the other host, and come over a GPU's own network card."""
+    plan = dsj.plan("deepseek-v3", "h100:2x8", "expert=16", remat="none")
+    found = moved(plan, "experts and back")
+    assert found["network"] / found["nvlink"] == pytest.approx(8 / 7)
+    assert sum(found.values()) == pytest.approx(59 * 4 * 4096 * 8 * 7168 * 2 * 15 / 16)
+
+
+def test_rings_of_a_torus():
+    """Closed rings are twice as fast. An all-to-all over one of 16 takes 16 / 8 of a device's bytes, its own 1/16 among
+    them, over a link of 50 GB/s; an open one of 8 takes 8 / 4 of them."""
+    open_ring, closed = (dsj.plan("deepseek-v2-lite", f"v5e:{n}x{n}", f"fsdp={n},expert={n}") for n in (8, 16))
+    assert speed(open_ring, "weights gathered") == pytest.approx(50e9)
+    assert speed(closed, "weights gathered") == pytest.approx(2 * 50e9)
+    assert speed(open_ring, "experts and back") == pytest.approx(50e9 / 2 * 7 / 8)
+    assert speed(closed, "experts and back") == pytest.approx(50e9 / 2 * 15 / 16)
+
+
+def test_a_torus_of_three_dims_closes_where_all_are_multiples_of_four():
+    assert [parse_topology("v5p:2x2x4").wraps(dim) for dim in range(3)] == [False] * 3
+    assert [parse_topology("v4:4x4x8").wraps(dim) for dim in range(3)] == [True] * 3
+    assert [parse_topology("v5e:8x16").wraps(dim) for dim in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize(("remat", "sends"), [("none", 4), ("v3", 4), ("full", 5)])
+def test_keys_and_values_go_round(remat, sends):
+    """Eight sends in each pass, and eight of gradients, which are twice as wide; by one link in one direction."""
+    plan = dsj.plan("deepseek-v3", "v5p:4x4x8", "context=8,fsdp=16", remat=remat, seq=4096)
+    assert moved(plan, "around the ring") == {"ici": 62 * 512 * (512 + 64) * 2 * 8 * sends}
+    assert speed(plan, "around the ring") == 100e9
+
+
+def test_keys_and_values_of_groups_are_split_over_tensor():
+    """67B: eight heads of 128 for keys and values each, on two devices."""
+    plan = dsj.plan("deepseek-llm-67b", "h100:2x8", "context=8,tensor=2", remat="none", seq=4096)
+    assert sum(moved(plan, "around the ring").values()) == 95 * 512 * 8 * 2 * (8 / 2) * 128 * 2 * 4
+
+
+def test_gradients_are_summed_over_copies_in_each_piece():
+    """Twice 1/2 of each weight: of layers in bfloat16, of embedding, head and norms in float32."""
+    model = replace(dsj.get_config("deepseek-llm-7b"), name="x")
+    once, wide, twice = (
+        dsj.plan(model, "h100:2", "data=2", batch=2 * pieces, accumulation=pieces, fields=(f"gradient_sum={how}",))
+        for how, pieces in (("compute", 1), ("float32", 1), ("compute", 2))
+    )
+    total, ends = dsj.count_params(model).total, 2 * 102_400 * 4096 + 4096 * (2 * 30 + 1)
+    assert moved(once, "summed over data") == {"nvlink": 2 * (total - ends) + 4 * ends}
+    assert moved(wide, "summed over data") == {"nvlink": 4 * total}
+    assert moved(twice, "summed over data") == {"nvlink": 2 * (2 * (total - ends) + 4 * ends)}
