@@ -100,3 +100,32 @@ def test_gradients_are_summed_over_copies_in_each_piece():
     assert moved(once, "summed over data") == {"nvlink": 2 * (total - ends) + 4 * ends}
     assert moved(wide, "summed over data") == {"nvlink": 4 * total}
     assert moved(twice, "summed over data") == {"nvlink": 2 * (2 * (total - ends) + 4 * ends)}
+
+
+def test_a_pipeline_gathers_and_sends_in_each_tick():
+    """67B's 95 layers on eight stages are twelve on each, in 8 + 7 ticks; a device has a sequence of each microbatch."""
+    mesh, given = "stage=8,fsdp=8", dict(remat="full", batch=64, seq=4096)
+    flat = dsj.plan("deepseek-llm-67b", "v5p:4x4x4", mesh, **given)
+    piped = dsj.plan("deepseek-llm-67b", "v5p:4x4x4", mesh, microbatches=8, **given)
+    layer = 2 * 8192 * (8192 + 1024) + 3 * 8192 * 22016
+    within = {c.name: c.bytes for c in piped.traffic if c.axes == ("fsdp",)}
+    for name in ("weights gathered, forward", "weights gathered, backward", "gradients reduced and scattered"):
+        assert within[name] == 15 * 12 * layer * 2 * 7 / 8
+    assert moved(piped, "to their stages") == {"ici": 95 * layer / 64 * (2 + 4) * 7 / 8}
+    # The streams of microbatches and of results, and what goes on to the next stage; for gradients too.
+    assert moved(piped, "from stage to stage") == {"ici": 2 * 3 * 15 * 4096 * 8192 * 2}
+    assert not moved(flat, "stage to stage") and not moved(flat, "to their stages")
+
+
+def test_empty_layers_of_a_pipeline():
+    """V3's 58 layers on eight stages are 64: worked off, sent about and kept."""
+    given = dict(remat="full", batch=512, seq=4096)
+    plan = dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", microbatches=8, **given)
+    kept = {b.name: b.bytes for b in plan.memory.buffers}
+    assert kept["block_in of 58 moe_layers"] == 64 * 4096 * 7168 * 2 * 15 / 8  # in the ticks without a microbatch too
+    layers = sum(size for name, size in kept.items() if name in ("parameters: experts", "parameters: shared"))
+    assert kept["layers of a stage"] > layers / 4 * 2 * 64 / 58
+    assert moved(plan, "experts and back") == {"ici": 65 * 6 * 4096 * 8 * 7168 * 2 * 7 / 8}
+    longer = dsj.plan("deepseek-v3", "v5p:8x8x8", "fsdp=64,expert=8", fields=("num_hidden_layers=67",), **given)
+    assert plan.flops.executed == pytest.approx(longer.flops.executed) and plan.flops.model < longer.flops.model
+    assert plan.times.compute == pytest.approx(longer.times.compute)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.config import MLA, MoE
+from deepseek_jax.config import MLA, ModelConfig, MoE
 from deepseek_jax.metrics.flops import forward_flops_per_token
 from deepseek_jax.planner.activations import ITEM, layer_tensors, saved
-from deepseek_jax.planner.memory import Memory, memory_of, trained
+from deepseek_jax.planner.memory import Memory, memory_of, times_used, trained
 from deepseek_jax.planner.prices import Price, price_of
 from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.shapes import STACKS, check_divides, leaves, stored, used
@@ -26,6 +26,8 @@ class Flops:
     recomputed: float
     attention: float
     """Part of `forward` that is queries with keys and values."""
+    empty: float = 0.0
+    """All that is spent on the layers with which a pipeline is filled up."""
 
     @property
     def model(self) -> float:
@@ -34,7 +36,7 @@ class Flops:
 
     @property
     def executed(self) -> float:
-        return self.model + self.recomputed
+        return self.model + self.recomputed + self.empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ class Plan:
             "parameters": sum(math.prod(leaf.shape) for leaf in leaves(request.model)),
             "flops_per_token": {
                 "forward": self.flops.forward, "backward": self.flops.backward, "recomputed": self.flops.recomputed,
-                "attention_forward": self.flops.attention,
+                "attention_forward": self.flops.attention, "empty": self.flops.empty,
             },
             "traffic": [
                 {"name": c.name, "axes": list(c.axes), "bytes": c.bytes, "link": c.link, "seconds": c.seconds}
@@ -201,7 +203,17 @@ def analyse(request: PlanRequest, prices: str | Path | None = None) -> Plan:
 
 def flops_of(request: PlanRequest) -> Flops:
     """FLOPs of a token. In decoding a token sees the whole context."""
-    model, seq = request.model, request.run.seq_len
+    found = _flops_of(request, request.model)
+    if not request.empty_layers:
+        return found
+    layers = request.model.num_hidden_layers + request.empty_layers
+    filled = _flops_of(request, replace(request.model, num_hidden_layers=layers))
+    return replace(found, empty=filled.executed - found.executed)
+
+
+def _flops_of(request: PlanRequest, model: ModelConfig) -> Flops:
+    """Of a model with the request's widths."""
+    seq = request.run.seq_len
     parts = forward_flops_per_token(model, seq, causal=request.step != "decode")
     if request.step != "train":
         parts = {**parts, "mtp": 0.0}
@@ -209,7 +221,7 @@ def flops_of(request: PlanRequest) -> Flops:
     if not request.trains:
         return Flops(forward=forward, backward=0.0, recomputed=0.0, attention=attention)
     whole = forward - parts["head"]
-    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(request)}[
+    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(model)}[
         "full" if request.one_f_one_b else model.remat
     ]
     if request.step == "grpo":  # the reference's log-probabilities are one more forward pass
@@ -217,9 +229,9 @@ def flops_of(request: PlanRequest) -> Flops:
     return Flops(forward=forward, backward=2 * forward, recomputed=recomputed, attention=attention)
 
 
-def _up_projections(request: PlanRequest) -> float:
+def _up_projections(model: ModelConfig) -> float:
     """FLOPs a token of MLA's up-projections, which remat = "v3" does again."""
-    c, layers = request.model.attention, request.model.num_hidden_layers
+    c, layers = model.attention, model.num_hidden_layers
     if not isinstance(c, MLA):
         return 0.0
     query = (c.q_lora_rank or 0) * (c.qk_nope_head_dim + c.qk_rope_head_dim)
@@ -255,7 +267,7 @@ def hbm_bytes(request: PlanRequest) -> float:
     moment = 2 if request.run.optimizer.moment_dtype == "bfloat16" else 4
     # Read and written: parameters, both moments, the gradient.
     optimizer = kept * 2 * (param + 2 * moment + 4)
-    weights = sum(leaf.layers * used(leaf, degrees) * item for leaf in trained(request))
+    weights = sum(times_used(request, leaf) * used(leaf, degrees) * item for leaf in trained(request))
     # Written where gathered and read: forward, backward for inputs; gradients of weights written and read.
     moved = request.run.accumulation * 6 * weights
     moe = model.num_moe_layers
@@ -263,6 +275,7 @@ def hbm_bytes(request: PlanRequest) -> float:
     activations = 0.0
     for stack, layers in counts.items():
         if layers:
+            layers += request.empty_layers if stack == request.piped_stack else 0
             tensors = layer_tensors(request, stack != "dense_layers" and moe > 0)
             again = sum(t.bytes for t in tensors) - sum(t.bytes for t in saved(request, tensors, stack))
             # Written and read once forward, read and a gradient written and read backward, what is redone once more.

@@ -15,7 +15,7 @@ from deepseek_jax.layers.expert_slices import slices_of_token
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.activations import ITEM
 from deepseek_jax.planner.links import Link, Way, routes
-from deepseek_jax.planner.memory import memory_of, trained
+from deepseek_jax.planner.memory import memory_of, times_used, trained
 from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.shapes import Leaf, gathered_axes, leaves, stored, used
 
@@ -51,11 +51,16 @@ def _over(
 def _gathered(
     request: PlanRequest, found: Iterable[Leaf], itemsize: Callable[[Leaf], int]
 ) -> Iterable[tuple[tuple[str, ...], float]]:
-    """Mesh axes, and the bytes that a device receives where it gathers all layers of these leaves over them, once."""
+    """Mesh axes, and the bytes that a device receives where it gathers all layers of these leaves over them, once; those of
+    a pipeline's stage in each tick, from the devices of that stage."""
     groups: dict[tuple[str, ...], float] = {}
     for leaf in found:
-        if axes := gathered_axes(leaf, request.degrees):
-            groups[axes] = groups.get(axes, 0) + leaf.layers * used(leaf, request.degrees) * itemsize(leaf)
+        axes = gathered_axes(leaf, request.degrees)
+        if leaf.stack and leaf.stack == request.piped_stack:
+            axes = tuple(axis for axis in axes if axis != "stage")
+        if axes:
+            size = times_used(request, leaf) * used(leaf, request.degrees) * itemsize(leaf)
+            groups[axes] = groups.get(axes, 0) + size
     for axes, size in groups.items():
         n = math.prod(request.degrees[axis] for axis in axes)
         yield axes, size * (n - 1) / n
@@ -76,6 +81,7 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         routed = (leaf for leaf in trained(request) if leaf.routed)
         for axes, moved in _gathered(request, routed, lambda _: compute):
             yield from _over(request, "experts gathered in parts", axes, pieces * moved)
+    yield from _to_stages(request)
     for axis in ("slice", "data"):  # of each piece, as its backward pass ends
         n = degrees[axis]
         copies = (leaf for leaf in trained(request) if not any(axis in RULES[name] for name in leaf.names))
@@ -87,6 +93,21 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         assert request.device.host_link
         yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
     yield from _layers(request)
+
+
+def _to_stages(request: PlanRequest) -> Iterable[Collective]:
+    """A pipeline's layers on the way from where they are stored to their stages, in the dtype that they are used in, and
+    their gradients on the way back; what a stage has of empty layers comes from no one."""
+    model, S = request.model, request.degrees["stage"]
+    if request.piped_stack is None:
+        return
+    split = [leaf for leaf in trained(request) if "stage" in gathered_axes(leaf, request.degrees)]  # not the norms
+    piped = [leaf for leaf in split if leaf.stack == request.piped_stack]
+    param, compute = ITEM[model.param_dtype], ITEM[model.dtype]
+    there = sum(stored(leaf, request.degrees) * (param if leaf.wide else compute) for leaf in piped)
+    back = sum(stored(leaf, request.degrees) for leaf in piped) * max(compute, 4)
+    received = request.run.accumulation * (there + back) * (S - 1) / S
+    yield from _over(request, "layers to their stages and back", ("stage",), received, way="all-to-all")
 
 
 def _summed_in(request: PlanRequest, leaf: Leaf) -> int:
@@ -123,8 +144,9 @@ def _layers(request: PlanRequest) -> Iterable[Collective]:
     pieces = request.run.accumulation if request.trains else 1
     tokens = pieces * request.rows * (request.length if request.step != "decode" else 1)
     layers = model.num_hidden_layers + (model.num_nextn_predict_layers if request.step == "train" else 0)
+    layers += request.empty_layers  # which work, and send, like others
     if isinstance(model.ffn, MoE):
-        yield from _experts(request, model.ffn, tokens * (model.num_moe_layers + layers - model.num_hidden_layers))
+        yield from _experts(request, model.ffn, tokens * (layers - model.num_dense_layers))
     n = degrees["context"]
     width = _keys_width(request) * (item * _times(request, _KEYS) + max(item, 4) * request.trains)
     yield from _over(
@@ -135,8 +157,13 @@ def _layers(request: PlanRequest) -> Iterable[Collective]:
         request, "activations summed over tensor", ("tensor",),
         layers * (4 if request.trains else 2) * 2 * tokens * D * item * (n - 1) / n,
     )  # fmt: skip
-    n = degrees["stage"]
-    yield from _over(request, "activations to the next stage", ("stage",), tokens * D * item * 2, way="round")
+    if request.run.pipeline is not None and request.piped_stack is not None:
+        # Three sends a tick, each of a microbatch: the streams of microbatches and of results, and to the next stage; for
+        # gradients as many.
+        sends = 2 * 3 * request.pipeline_ticks
+        microbatch = tokens * degrees["stage"] / request.run.pipeline.microbatches
+        what = "activations from stage to stage"
+        yield from _over(request, what, ("stage",), sends * microbatch * D * item, way="round")
 
 
 def _experts(request: PlanRequest, ffn: MoE, tokens: int) -> Iterable[Collective]:
