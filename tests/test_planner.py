@@ -249,6 +249,25 @@ def test_serving():
     assert few < many
 
 
+def test_flops_of_serving_and_of_recomputation():
+    """Decoding multiplies by latents, 2 · 512 + 64 for scores and values of a head; a prompt asks the head once; of what
+    "full" does again, heads and the last products of dense layers and shared experts are left out."""
+    decode, prefill = (
+        dsj.plan("deepseek-v3", "h200:16x8", "expert=128", step=step, seq=4096, batch=128)
+        for step in ("decode", "prefill")
+    )
+    assert decode.flops.attention == 61 * 2 * 128 * (2 * 512 + 64) * 4096
+    head = 2 * 7168 * 129_280
+    train = dsj.plan("deepseek-v3", "h200:16x8", "expert=128", remat="full", mtp=False).flops
+    assert prefill.flops.forward == pytest.approx(train.forward - head * 4095 / 4096)
+    down = 2 * 7168 * (3 * 18_432 + 58 * 2048)
+    assert train.recomputed == pytest.approx(train.forward - head - down)
+    mtp = dsj.plan("deepseek-v3", "h200:16x8", "expert=128", remat="full").flops
+    assert mtp.recomputed == pytest.approx(mtp.forward - 2 * head - down - 2 * 7168 * 2048)
+    names = [{b.name for b in plan.memory.buffers} for plan in (prefill, decode)]
+    assert "expert_gathered" in names[0] and not any("expert_sent" in found for found in names), "the ring"
+
+
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_fit_their_machine_and_the_family(name):
     chosen = presets.preset(name)

@@ -22,18 +22,47 @@ def speed(plan, name: str) -> float:
 
 
 def test_weights():
-    """Dense, fsdp 64: each device receives 63/64 of all layers' weights in bfloat16, twice, and their gradients once. Of
-    them its host needs 56/64, by eight network cards."""
+    """Dense, fsdp 64: each device receives 63/64 of all layers' weights in bfloat16, twice, and their gradients once; of the
+    head once, and its gradient in float32. Of them its host needs 56/64, by eight network cards."""
     model = replace(dsj.get_config("deepseek-llm-7b"), name="x")
     plan = dsj.plan(model, "h100:8x8", "fsdp=64")
-    matrices = 2 * (dsj.count_params(model).total - 4096 * (2 * 30 + 1))
-    network = matrices * 56 / 64 / 8
-    for name in ("gathered, forward", "gathered, backward", "reduced and scattered"):
-        inside = matrices * 63 / 64 - network
+    head = 102_400 * 4096
+    layers = dsj.count_params(model).total - 2 * head - 4096 * (2 * 30 + 1)
+    found = {"forward": 2 * (layers + head), "backward": 2 * layers, "reduced": 2 * layers + 4 * head}
+    for name, size in found.items():
+        network = size * 56 / 64 / 8
+        inside = size * 63 / 64 - network
         assert moved(plan, name) == {"network": pytest.approx(network), "nvlink": pytest.approx(inside)}
     inside = dsj.plan(model, "h100:8", "fsdp=8")
     assert {c.link for c in inside.traffic} == {"nvlink"}
     assert dsj.plan(model, "h100:1").traffic == ()
+
+
+def test_the_embedding_exchanges_tokens():
+    """A device's own tokens, there and back as gradients; where sequences are split, its part of the table is gathered."""
+    plan = dsj.plan("deepseek-llm-7b", "h100:8", "fsdp=8", batch=16, seq=4096)
+    assert moved(plan, "embedded tokens") == {"nvlink": 2 * 2 * 4096 * 4096 * 2 * 7 / 8}
+    split = dsj.plan("deepseek-llm-7b", "h100:8", "fsdp=2,context=4", batch=16, seq=4096)
+    assert moved(split, "embedded tokens") == {"nvlink": 2 * 8 * 1024 * 4096 * 2 / 2}
+    assert moved(split, "embedding gathered") == {"nvlink": 102_400 * 4096 / 2 * (2 + 4) * 3 / 4}
+
+
+def test_the_reference_of_grpo():
+    """One more forward pass: weights are gathered, and tokens travel out and back."""
+    train, grpo = (
+        dsj.plan("deepseek-v3", "h100:8x8", "fsdp=8,expert=8", remat="full", mtp=False, step=step)
+        for step in ("train", "grpo")
+    )
+    assert moved(grpo, "reference gathered") == moved(train, "gathered, forward") and not moved(train, "reference")
+    assert moved(grpo, "experts and back")["nvlink"] / moved(train, "experts and back")["nvlink"] == pytest.approx(
+        8 / 6
+    )
+
+
+@pytest.mark.parametrize(("remat", "dense", "moe"), [("none", 4, 6), ("full", 5, 7)])
+def test_sums_over_tensor(remat, dense, moe):
+    plan = dsj.plan("deepseek-v2-lite", "h100:2", "tensor=2", remat=remat, batch=1, seq=4096)
+    assert moved(plan, "over tensor") == {"nvlink": (dense + 26 * moe) * 2 * 4096 * 2048 * 2 / 2}
 
 
 @pytest.mark.parametrize(

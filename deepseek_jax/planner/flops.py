@@ -75,14 +75,12 @@ def _not_redone(model: ModelConfig, head: float, mtp: bool) -> float:
     """FLOPs a token of the forward pass that no backward pass wants again: heads, and down-projections that are a layer's
     last product. Routed experts' are redone: the gradient of a gate weight wants their results."""
     ffn, depths = model.ffn, model.num_nextn_predict_layers * mtp
-    dense, moe = model.num_dense_layers, 0
-    widths = 0
     if isinstance(ffn, MoE):
-        moe = model.num_moe_layers + depths
-        widths = ffn.n_shared_experts * ffn.moe_intermediate_size
+        shared = (model.num_moe_layers + depths) * ffn.n_shared_experts * ffn.moe_intermediate_size
+        widths = model.num_dense_layers * ffn.intermediate_size + shared
     else:
-        dense += depths
-    return head * (1 + depths) + 2.0 * model.hidden_size * (dense * ffn.intermediate_size + moe * widths)
+        widths = (model.num_dense_layers + depths) * ffn.intermediate_size
+    return head * (1 + depths) + 2.0 * model.hidden_size * widths
 
 
 def _up_projections(model: ModelConfig) -> float:

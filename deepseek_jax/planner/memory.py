@@ -145,7 +145,7 @@ def _stage(request: PlanRequest, found: tuple[Leaf, ...], wide: int) -> Iterable
     yield Buffer("layers of a stage", "weights in use", count * item, PHASES[:3])
     yield Buffer("gradients of the layers of a stage", "gradients", count * wide, when)
     if request.one_f_one_b:
-        head = _head(request)
+        head = head_of(request)
         behind = [leaf for leaf in found if leaf.stack == "mtp" or leaf is head]
         count = stages * sum(stored(leaf, request.degrees) for leaf in behind)
         yield Buffer("head and multi-token modules of all stages", "weights in use", count * item, PHASES[:3])
@@ -242,7 +242,7 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     logits = request.rows_in_use(None) * chunk * words * 4
     yield Buffer("logits of a chunk", "loss", int(logits), ("loss",))
     yield Buffer("their probabilities and gradients", "loss", int(1.5 * logits), ("loss",))
-    whole = used(_head(request), degrees)
+    whole = used(head_of(request), degrees)
     several = request.topology.devices > 1
     # Compiled programs hold what is gathered, and what is added up, once more on its way; the latter for every depth.
     depths = 1 + (model.num_nextn_predict_layers if request.step == "train" else 0)
@@ -253,7 +253,7 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
         yield Buffer("embedded tokens, exchanged", "embedding in use", rows * 4, ("forward", "backward"))
 
 
-def _head(request: PlanRequest) -> Leaf:
+def head_of(request: PlanRequest) -> Leaf:
     """The head's weight; the embedding where they are tied."""
     found = {leaf.part: leaf for leaf in leaves(request.model)}
     return found.get("head") or found["embedding"]

@@ -15,7 +15,7 @@ from deepseek_jax.layers.expert_slices import slices_of_token
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.activations import ITEM
 from deepseek_jax.planner.links import Link, Way, routes
-from deepseek_jax.planner.memory import memory_of, times_used, trained
+from deepseek_jax.planner.memory import head_of, memory_of, times_used, trained
 from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.shapes import Leaf, gathered_axes, leaves, stored, used
 
@@ -70,13 +70,26 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
     run, degrees, model = request.run, request.degrees, request.model
     compute, param = ITEM[model.dtype], ITEM[model.param_dtype]
     pieces = run.accumulation
-    for axes, moved in _gathered(request, trained(request), lambda leaf: param if leaf.wide else compute):
-        # Once in the forward and once in the backward pass; without recomputation the compiler may keep none either.
+    layers = [leaf for leaf in trained(request) if leaf.part not in ("embedding", "head")]
+    head = head_of(request)
+    whole = [*layers, head]
+    for axes, moved in _gathered(request, whole, lambda leaf: param if leaf.wide else compute):
         yield from _over(request, "weights gathered, forward", axes, pieces * moved)
+        if request.step == "grpo":
+            yield from _over(request, "reference gathered", axes, pieces * moved)
+    # Without recomputation the compiler may keep none either. The loss has its gradient while it has the head.
+    for axes, moved in _gathered(request, layers, lambda leaf: param if leaf.wide else compute):
         yield from _over(request, "weights gathered, backward", axes, pieces * moved)
-    wide = max(param, 4) if model.wide_sums else 0
-    for axes, moved in _gathered(request, trained(request), lambda leaf: max(param if leaf.wide else compute, wide)):
+    depths = model.num_nextn_predict_layers if request.step == "train" else 0
+
+    def summed(leaf: Leaf) -> int:
+        if leaf == head:  # in float32, of each depth's loss
+            return (1 + depths) * max(param, 4)
+        return max(param if leaf.wide else compute, max(param, 4) if model.wide_sums else 0)
+
+    for axes, moved in _gathered(request, whole, summed):
         yield from _over(request, "gradients reduced and scattered", axes, pieces * moved)
+    yield from _embedded(request, pieces * (1 + depths), passes=2 + (request.step == "grpo"))
     if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more
         routed = (leaf for leaf in trained(request) if leaf.routed)
         for axes, moved in _gathered(request, routed, lambda _: compute):
@@ -93,6 +106,27 @@ def _training(request: PlanRequest) -> Iterable[Collective]:
         assert request.device.host_link
         yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
     yield from _layers(request)
+
+
+def _embedded(request: PlanRequest, times: int, passes: int) -> Iterable[Collective]:
+    """Of the embedding each device looks up its part of the width for all, and they exchange what they found; where
+    sequences are split, parts of the table come together first, and their gradients are added up in float32.
+
+    Args:
+        request: what is planned.
+        times: how often tokens are embedded.
+        passes: in how many passes what was found, or its gradient, is exchanged.
+    """
+    model, degrees = request.model, request.degrees
+    axes = [axis for axis in RULES["embed"] if degrees[axis] > 1]
+    cut = next((i for i, axis in enumerate(axes) if axis in RULES["length"]), len(axes))
+    n, parts = (math.prod(degrees[axis] for axis in some) for some in (axes[:cut], axes[cut:]))
+    item, tokens = ITEM[model.dtype], request.rows * (request.length if request.step != "decode" else 1)
+    row = times * tokens * model.hidden_size * item
+    yield from _over(request, "embedded tokens", axes[:cut], passes * row * (n - 1) / n, way="all-to-all")
+    table = times * model.vocab_size * model.hidden_size / request.split("vocab") / n
+    moved = item * (passes - request.trains) + max(item, 4) * request.trains
+    yield from _over(request, "embedding gathered", axes[cut:], table * moved * (parts - 1) / parts)
 
 
 def _to_stages(request: PlanRequest) -> Iterable[Collective]:
@@ -127,14 +161,18 @@ _RING = {"forward": 2, "none": 4, "v3": 4, "full": 5}
 _ROUTES = {"forward": 8, "none": 12, "v3": 16, "full": 16}
 # Keys and values round the ring of a split sequence, in the compute dtype; their gradients go round besides, in float32.
 _KEYS = {"forward": 1, "none": 2, "v3": 2, "full": 3}
+# Sums over the devices that share a matrix: where attention and a feed-forward end, in the backward pass where they begin.
+# A MoE layer's routed and shared experts end apart. What the layer ends with is not worked out again.
+_SUMS = {"forward": 2, "none": 4, "v3": 4, "full": 5}
+_SUMS_MOE = {"forward": 3, "none": 6, "v3": 6, "full": 7}
 
 
 def _times(request: PlanRequest, table: Mapping[str, int]) -> int:
-    """Of one of these tables, for the step."""
+    """Of one of these tables, for the step; that of GRPO has the reference's forward pass besides."""
     if not request.trains:
         return table["forward"]
     remat = "full" if request.one_f_one_b or request.model.remat == "offload" else request.model.remat
-    return table[remat]
+    return table[remat] + table["forward"] * (request.step == "grpo")
 
 
 def _layers(request: PlanRequest) -> Iterable[Collective]:
@@ -153,10 +191,9 @@ def _layers(request: PlanRequest) -> Iterable[Collective]:
         request, "keys and values around the ring", ("context",), layers * tokens * width * n, way="round"
     )  # n sends, the last of which brings them home
     n = degrees["tensor"]
-    yield from _over(
-        request, "activations summed over tensor", ("tensor",),
-        layers * (4 if request.trains else 2) * 2 * tokens * D * item * (n - 1) / n,
-    )  # fmt: skip
+    moe = layers - model.num_dense_layers if isinstance(model.ffn, MoE) and model.ffn.n_shared_experts else 0
+    sums = moe * _times(request, _SUMS_MOE) + (layers - moe) * _times(request, _SUMS)
+    yield from _over(request, "activations summed over tensor", ("tensor",), sums * 2 * tokens * D * item * (n - 1) / n)
     if request.run.pipeline is not None and request.piped_stack is not None:
         # Three sends a tick, each of a microbatch: the streams of microbatches and of results, and to the next stage; for
         # gradients as many.
@@ -195,7 +232,9 @@ def _keys_width(request: PlanRequest) -> float:
 
 def _serving(request: PlanRequest) -> Iterable[Collective]:
     model = request.model
-    served = (leaf for leaf in leaves(model) if leaf.stack != "mtp" and leaf.part != "embedding")
+    head = head_of(request)
+    served = (leaf for leaf in leaves(model) if leaf.stack != "mtp" and (leaf.part != "embedding" or leaf == head))
     for axes, moved in _gathered(request, served, lambda _: ITEM[model.dtype]):
         yield from _over(request, "weights gathered", axes, moved)
+    yield from _embedded(request, times=1, passes=1)
     yield from _layers(request)
