@@ -67,45 +67,68 @@ def _gathered(
 
 
 def _training(request: PlanRequest) -> Iterable[Collective]:
-    run, degrees, model = request.run, request.degrees, request.model
+    run, model = request.run, request.model
+    depths = model.num_nextn_predict_layers if request.step == "train" else 0
+    yield from _weights(request, depths)
+    yield from _embedded(request, run.accumulation * (1 + depths), passes=2 + (request.step == "grpo"))
+    yield from _to_stages(request)
+    yield from _copies(request)
+    if request.moments_at_host or model.remat == "offload":  # there and back; both ways at once where the link can
+        waiting = [buffer for buffer in memory_of(request).buffers if buffer.on_host]
+        on_host = sum(b.bytes * (1 if b.part == "optimizer" else run.accumulation) for b in waiting)
+        assert request.device.host_link
+        yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
+    yield from _layers(request)
+
+
+def _weights(request: PlanRequest, depths: int) -> Iterable[Collective]:
+    """Weights on the way to where they are used, and their gradients to where they are stored, in each piece."""
+    model, pieces = request.model, request.run.accumulation
     compute, param = ITEM[model.dtype], ITEM[model.param_dtype]
-    pieces = run.accumulation
     layers = [leaf for leaf in trained(request) if leaf.part not in ("embedding", "head")]
     head = head_of(request)
     whole = [*layers, head]
-    for axes, moved in _gathered(request, whole, lambda leaf: param if leaf.wide else compute):
+
+    def used_in(leaf: Leaf) -> int:
+        return param if leaf.wide else compute
+
+    def summed_in(leaf: Leaf) -> int:
+        if leaf == head:  # in float32, of each depth's loss
+            return (1 + depths) * max(param, 4)
+        return max(used_in(leaf), max(param, 4) if model.wide_sums else 0)
+
+    for axes, moved in _gathered(request, whole, used_in):
         yield from _over(request, "weights gathered, forward", axes, pieces * moved)
         if request.step == "grpo":
             yield from _over(request, "reference gathered", axes, pieces * moved)
     # Without recomputation the compiler may keep none either. The loss has its gradient while it has the head.
-    for axes, moved in _gathered(request, layers, lambda leaf: param if leaf.wide else compute):
+    for axes, moved in _gathered(request, layers, used_in):
         yield from _over(request, "weights gathered, backward", axes, pieces * moved)
-    depths = model.num_nextn_predict_layers if request.step == "train" else 0
-
-    def summed(leaf: Leaf) -> int:
-        if leaf == head:  # in float32, of each depth's loss
-            return (1 + depths) * max(param, 4)
-        return max(param if leaf.wide else compute, max(param, 4) if model.wide_sums else 0)
-
-    for axes, moved in _gathered(request, whole, summed):
+    for axes, moved in _gathered(request, whole, summed_in):
         yield from _over(request, "gradients reduced and scattered", axes, pieces * moved)
-    yield from _embedded(request, pieces * (1 + depths), passes=2 + (request.step == "grpo"))
     if model.expert_gather_parts > 1:  # what is gathered in parts is gathered once more
-        routed = (leaf for leaf in trained(request) if leaf.routed)
+        routed = (leaf for leaf in layers if leaf.routed)
         for axes, moved in _gathered(request, routed, lambda _: compute):
             yield from _over(request, "experts gathered in parts", axes, pieces * moved)
-    yield from _to_stages(request)
-    for axis in ("slice", "data"):  # of each piece, as its backward pass ends
+
+
+def _copies(request: PlanRequest) -> Iterable[Collective]:
+    """Gradients summed over copies of the weights, in each piece, as its backward pass ends."""
+    degrees, pieces = request.degrees, request.run.accumulation
+    for axis in ("slice", "data"):
         n = degrees[axis]
         copies = (leaf for leaf in trained(request) if not any(axis in RULES[name] for name in leaf.names))
-        kept = sum(stored(leaf, degrees) * _summed_in(request, leaf) for leaf in copies)
+        kept = sum(stored(leaf, degrees) * _copies_summed_in(request, leaf) for leaf in copies)
         yield from _over(request, f"gradients summed over {axis}", (axis,), pieces * 2 * kept * (n - 1) / n)
-    if request.moments_at_host or model.remat == "offload":  # there and back; both ways at once where the link can
-        waiting = [buffer for buffer in memory_of(request).buffers if buffer.on_host]
-        on_host = sum(b.bytes * (1 if b.part == "optimizer" else pieces) for b in waiting)
-        assert request.device.host_link
-        yield Collective("to the host's memory and back", (), 2 * on_host, "host", on_host / request.device.host_link)
-    yield from _layers(request)
+
+
+def _copies_summed_in(request: PlanRequest, leaf: Leaf) -> int:
+    """Bytes of a number of a weight's gradient as its copies add it up: of a dense matrix that of the product; where the
+    program itself casts weights (experts, embedding, head), that of what is stored."""
+    model = request.model
+    param = ITEM[model.param_dtype]
+    wide = model.wide_sums or leaf.wide or leaf.routed or leaf.part in ("head", "embedding")
+    return max(param, 4) if wide else ITEM[model.dtype]
 
 
 def _embedded(request: PlanRequest, times: int, passes: int) -> Iterable[Collective]:
@@ -142,14 +165,6 @@ def _to_stages(request: PlanRequest) -> Iterable[Collective]:
     back = sum(stored(leaf, request.degrees) for leaf in piped) * max(compute, 4)
     received = request.run.accumulation * (there + back) * (S - 1) / S
     yield from _over(request, "layers to their stages and back", ("stage",), received, way="all-to-all")
-
-
-def _summed_in(request: PlanRequest, leaf: Leaf) -> int:
-    """Bytes of a number of a weight's gradient as copies of the weight add it up."""
-    model = request.model
-    param = ITEM[model.param_dtype]
-    wide = model.wide_sums or leaf.wide or leaf.routed or leaf.part in ("head", "embedding")
-    return max(param, 4) if wide else ITEM[model.dtype]
 
 
 # How often a layer of a training step moves what its forward pass moves in one direction, by what is worked out again.
