@@ -7,34 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.config import MLA, MoE
-from deepseek_jax.metrics.flops import forward_flops_per_token
+from deepseek_jax.config import MoE
 from deepseek_jax.planner.activations import ITEM, layer_tensors, saved
-from deepseek_jax.planner.memory import Memory, memory_of, trained
+from deepseek_jax.planner.flops import Flops, flops_of
+from deepseek_jax.planner.memory import Memory, memory_of, times_used, trained
 from deepseek_jax.planner.prices import Price, price_of
 from deepseek_jax.planner.request import PlanRequest
 from deepseek_jax.planner.shapes import STACKS, check_divides, leaves, stored, used
 from deepseek_jax.planner.traffic import Collective, collectives
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flops:
-    """Of one token; matrix products, causal attention (metrics/flops.py)."""
-
-    forward: float
-    backward: float
-    recomputed: float
-    attention: float
-    """Part of `forward` that is queries with keys and values."""
-
-    @property
-    def model(self) -> float:
-        """What MFU counts: no recomputation."""
-        return self.forward + self.backward
-
-    @property
-    def executed(self) -> float:
-        return self.model + self.recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +133,7 @@ class Plan:
             "parameters": sum(math.prod(leaf.shape) for leaf in leaves(request.model)),
             "flops_per_token": {
                 "forward": self.flops.forward, "backward": self.flops.backward, "recomputed": self.flops.recomputed,
-                "attention_forward": self.flops.attention,
+                "attention_forward": self.flops.attention, "empty": self.flops.empty,
             },
             "traffic": [
                 {"name": c.name, "axes": list(c.axes), "bytes": c.bytes, "link": c.link, "seconds": c.seconds}
@@ -199,33 +179,6 @@ def analyse(request: PlanRequest, prices: str | Path | None = None) -> Plan:
     )
 
 
-def flops_of(request: PlanRequest) -> Flops:
-    """FLOPs of a token. In decoding a token sees the whole context."""
-    model, seq = request.model, request.run.seq_len
-    parts = forward_flops_per_token(model, seq, causal=request.step != "decode")
-    if request.step != "train":
-        parts = {**parts, "mtp": 0.0}
-    forward, attention = sum(parts.values()), parts["scores"]
-    if not request.trains:
-        return Flops(forward=forward, backward=0.0, recomputed=0.0, attention=attention)
-    whole = forward - parts["head"]
-    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(request)}[
-        "full" if request.one_f_one_b else model.remat
-    ]
-    if request.step == "grpo":  # the reference's log-probabilities are one more forward pass
-        recomputed += forward
-    return Flops(forward=forward, backward=2 * forward, recomputed=recomputed, attention=attention)
-
-
-def _up_projections(request: PlanRequest) -> float:
-    """FLOPs a token of MLA's up-projections, which remat = "v3" does again."""
-    c, layers = request.model.attention, request.model.num_hidden_layers
-    if not isinstance(c, MLA):
-        return 0.0
-    query = (c.q_lora_rank or 0) * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    return 2.0 * layers * c.num_attention_heads * (query + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim))
-
-
 def _times(request: PlanRequest, flops: Flops, traffic: tuple[Collective, ...]) -> Times:
     device, topology, run = request.device, request.topology, request.run
     assert device.bf16 and device.hbm_bandwidth
@@ -255,7 +208,7 @@ def hbm_bytes(request: PlanRequest) -> float:
     moment = 2 if request.run.optimizer.moment_dtype == "bfloat16" else 4
     # Read and written: parameters, both moments, the gradient.
     optimizer = kept * 2 * (param + 2 * moment + 4)
-    weights = sum(leaf.layers * used(leaf, degrees) * item for leaf in trained(request))
+    weights = sum(times_used(request, leaf) * used(leaf, degrees) * item for leaf in trained(request))
     # Written where gathered and read: forward, backward for inputs; gradients of weights written and read.
     moved = request.run.accumulation * 6 * weights
     moe = model.num_moe_layers
@@ -263,6 +216,7 @@ def hbm_bytes(request: PlanRequest) -> float:
     activations = 0.0
     for stack, layers in counts.items():
         if layers:
+            layers += request.empty_layers if stack == request.piped_stack else 0
             tensors = layer_tensors(request, stack != "dense_layers" and moe > 0)
             again = sum(t.bytes for t in tensors) - sum(t.bytes for t in saved(request, tensors, stack))
             # Written and read once forward, read and a gradient written and read backward, what is redone once more.
@@ -271,10 +225,15 @@ def hbm_bytes(request: PlanRequest) -> float:
 
 
 def _served(request: PlanRequest) -> float:
-    """Of a serving step: weights (of routed experts those that a token asks for), caches, what is gathered."""
+    """Of a serving step: weights (of routed experts those that a token asks for, of the embedding the tokens' rows), caches,
+    what is gathered."""
     model, memory = request.model, memory_of(request)
     experts = sum(b.bytes for b in memory.buffers if b.name == "weights: experts")
     read = sum(b.bytes for b in memory.buffers if b.part in ("weights", "cache", "logits")) - experts
+    if not model.tie_word_embeddings:
+        tokens = request.rows * (request.length if request.step == "prefill" else 1)
+        table = sum(b.bytes for b in memory.buffers if b.name == "weights: embedding")
+        read += min(table, tokens * model.hidden_size * ITEM[model.dtype]) - table
     if isinstance(model.ffn, MoE):
         tokens = request.run.batch_size * (request.run.seq_len if request.step == "prefill" else 1)
         share = model.ffn.num_experts_per_tok / model.ffn.n_routed_experts

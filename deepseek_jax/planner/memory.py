@@ -88,6 +88,12 @@ def trained(request: PlanRequest) -> tuple[Leaf, ...]:
     return tuple(leaf for leaf in leaves(request.model) if request.step == "train" or leaf.stack != "mtp")
 
 
+def times_used(request: PlanRequest, leaf: Leaf) -> int:
+    """Layers of a leaf that a device takes in a forward pass: all, or those of a pipeline's chunk in each tick."""
+    piped = leaf.stack is not None and leaf.stack == request.piped_stack
+    return request.pipeline_ticks * request.layers_of_a_chunk if piped else leaf.layers
+
+
 def _training(request: PlanRequest) -> Iterable[Buffer]:
     run, degrees = request.run, request.degrees
     model = run.model
@@ -134,16 +140,21 @@ def _stage(request: PlanRequest, found: tuple[Leaf, ...], wide: int) -> Iterable
     stages, item = request.degrees["stage"], ITEM[request.model.dtype]
     if request.piped_stack is None:
         return
-    count = sum(stored(leaf, request.degrees) for leaf in found if leaf.stack == request.piped_stack)
+    count = sum(_filled(request, leaf) for leaf in found if leaf.stack == request.piped_stack)
     when = ("loss", "backward") if request.one_f_one_b else ("backward",)
     yield Buffer("layers of a stage", "weights in use", count * item, PHASES[:3])
     yield Buffer("gradients of the layers of a stage", "gradients", count * wide, when)
     if request.one_f_one_b:
-        head = _head(request)
+        head = head_of(request)
         behind = [leaf for leaf in found if leaf.stack == "mtp" or leaf is head]
         count = stages * sum(stored(leaf, request.degrees) for leaf in behind)
         yield Buffer("head and multi-token modules of all stages", "weights in use", count * item, PHASES[:3])
         yield Buffer("their gradients", "gradients", count * wide, when)
+
+
+def _filled(request: PlanRequest, leaf: Leaf) -> int:
+    """Numbers of a leaf of the pipeline on one device, empty layers too."""
+    return stored(leaf, request.degrees) * (leaf.layers + request.empty_layers) // leaf.layers
 
 
 def _stacks(request: PlanRequest) -> list[tuple[str, int, bool]]:
@@ -162,7 +173,8 @@ def _activations(request: PlanRequest) -> Iterable[Buffer]:
         for tensor in saved(request, layer_tensors(request, moe), name):
             part = "saved expert rows" if tensor.expert else "saved activations"
             when = ("forward", "loss", "backward")
-            size = int(layers * tensor.bytes * share)
+            empty = request.empty_layers if name == request.piped_stack else 0
+            size = int((layers + empty) * tensor.bytes * share)
             yield Buffer(
                 f"{tensor.name} of {layers} {name}", part, size, when, on_host=request.model.remat == "offload"
             )
@@ -230,7 +242,7 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
     logits = request.rows_in_use(None) * chunk * words * 4
     yield Buffer("logits of a chunk", "loss", int(logits), ("loss",))
     yield Buffer("their probabilities and gradients", "loss", int(1.5 * logits), ("loss",))
-    whole = used(_head(request), degrees)
+    whole = used(head_of(request), degrees)
     several = request.topology.devices > 1
     # Compiled programs hold what is gathered, and what is added up, once more on its way; the latter for every depth.
     depths = 1 + (model.num_nextn_predict_layers if request.step == "train" else 0)
@@ -241,7 +253,7 @@ def _loss(request: PlanRequest) -> Iterable[Buffer]:
         yield Buffer("embedded tokens, exchanged", "embedding in use", rows * 4, ("forward", "backward"))
 
 
-def _head(request: PlanRequest) -> Leaf:
+def head_of(request: PlanRequest) -> Leaf:
     """The head's weight; the embedding where they are tied."""
     found = {leaf.part: leaf for leaf in leaves(request.model)}
     return found.get("head") or found["embedding"]

@@ -128,6 +128,28 @@ class PlanRequest:
         return "moe_layers" if self.model.num_moe_layers else "dense_layers"
 
     @property
+    def pipeline_ticks(self) -> int:
+        """In which each stage applies a chunk of layers, forward; 0 without a pipeline."""
+        if self.run.pipeline is None or self.piped_stack is None:
+            return 0
+        return self.run.pipeline.microbatches * self.run.pipeline.chunks + self.degrees["stage"] - 1
+
+    @property
+    def layers_of_a_chunk(self) -> int:
+        """Of a pipeline; chunks are of equal length, filled up with empty layers."""
+        assert self.run.pipeline is not None
+        layers = self.model.num_moe_layers or self.model.num_dense_layers
+        return -(-layers // (self.degrees["stage"] * self.run.pipeline.chunks))
+
+    @property
+    def empty_layers(self) -> int:
+        """Layers that a pipeline computes and keeps beside those of the model."""
+        if self.run.pipeline is None or self.piped_stack is None:
+            return 0
+        places = self.degrees["stage"] * self.run.pipeline.chunks * self.layers_of_a_chunk
+        return places - (self.model.num_moe_layers or self.model.num_dense_layers)
+
+    @property
     def one_f_one_b(self) -> bool:
         """Whether what is planned is a training step through a 1F1B pipeline."""
         pipeline = self.run.pipeline

@@ -54,9 +54,10 @@ class Topology:
         return f"{self.device}-{math.prod(self.shape) * self.kind.named_cores}" if self.kind.torus else None
 
     def wraps(self, dim: int) -> bool:
-        """Whether the torus closes along a dim: v4, v5p and 7x in multiples of 4, v5e and v6e at 16."""
-        size = self.shape[dim]
-        return size % 4 == 0 if self.kind.torus == 3 else size == 16
+        """Whether the torus closes along a dim: of v4, v5p and 7x where every dim is a multiple of 4, of v5e and v6e at 16."""
+        if self.kind.torus == 3:
+            return all(size % 4 == 0 for size in self.shape)
+        return self.shape[dim] == 16
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
