@@ -1,0 +1,78 @@
+"""What a plan is asked with: nothing that is given is dropped in silence, and what cannot be is refused with a remedy."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import micro, run_config
+
+import deepseek_jax as dsj
+from deepseek_jax.cli import main
+from deepseek_jax.parallel import MeshConfig
+from deepseek_jax.parallel.pipeline import Pipeline
+from deepseek_jax.planner.ask import make_request
+from deepseek_jax.planner.compiled import compile_plan
+
+LITE = "deepseek-v2-lite --topology v5p:4x4x4"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--seq 0", "--seq 0: must be a whole number, at least 1"),
+        ("--batch 0", "--batch 0: must be"),
+        ("--batch -64", "--batch -64: must be"),
+        ("--accumulation 0", "--accumulation 0: must be"),
+        ("--slices 0", "--slices 0: must be"),
+        ("--search --batch 0", "--batch 0: must be"),
+        ("--chunks 4", "--chunks 4: of a pipeline, and the mesh has stage = 1"),
+        ("--schedule dualpipe", "--schedule dualpipe: of a pipeline, and the mesh has stage = 1"),
+        ("--microbatches 4", "--microbatches 4: of a pipeline, and the mesh has stage = 1"),
+        ("--mesh stage=4,fsdp=16 --schedule 1f1b", "give --microbatches too, a multiple of the mesh's stage = 4"),
+        ("--mesh stage=4,fsdp=16 --microbatches 4 --batch 256 --schedule interleaved", "give --chunks, 2 or more"),
+        ("--search --remat full", "--remat full: --search does not read it"),
+        ("--search --accumulation 4", "--accumulation 4: --search does not read it"),
+        ("--search --mesh fsdp=64", "--mesh fsdp=64: --search does not read it"),
+        ("--search --picture x.png", "--picture x.png: --search does not read it"),
+        ("--step decode --moments-on host", "--moments-on host: a decode step has no use for it"),
+        ("--step decode --remat full", "--remat full: a decode step has no use for it"),
+        ("--step grpo --moments-on host", "--moments-on host: a grpo step has no use for it"),
+        ("--keep dumps", "--keep dumps: the dumps are the compiler's: give --compile too"),
+        ("--picture /nonexistent/x.png", "there is no folder /nonexistent"),
+        ("--picture /tmp", "must be a file's name that ends in .png or .svg"),
+        ("--picture memory.jpeg2", "must be a file's name that ends in .png or .svg"),
+    ],
+)
+def test_what_is_given_is_read_or_refused(words, says, capsys):
+    assert main.main(["plan", *LITE.split(), *words.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_zero_is_given_from_python_too():
+    with pytest.raises(ValueError, match="--seq 0: must be a whole number, at least 1"):
+        dsj.plan("deepseek-v2-lite", "v5p:4x4x4", seq=0)
+
+
+def test_a_configs_own_pipeline_takes_chunks_and_schedule():
+    run = replace(run_config(micro("llm")), mesh=MeshConfig(data=1, stage=2, fsdp=-1), batch_size=8)
+    run = replace(run, pipeline=Pipeline(microbatches=4, schedule="1f1b"))
+    run = replace(run, model=replace(run.model, num_hidden_layers=4))
+    asked = make_request(run, "v5p:2x1x1", chunks=2, schedule="gpipe")
+    assert asked.run.pipeline == Pipeline(microbatches=4, chunks=2)
+    assert asked.pipeline_words == {"schedule": "interleaved", "microbatches": 4, "chunks": 2}
+
+
+def test_of_a_schedule_that_is_not_built_the_idle_time_alone_counts(capsys):
+    given = dict(remat="full", moments="bfloat16", batch=512, microbatches=8)
+    built, dual = (
+        dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", schedule=schedule, **given)
+        for schedule in ("gpipe", "dualpipe")
+    )
+    assert dual.memory == built.memory and dual.times.idle < built.times.idle
+    assert "dualpipe is not built here: only its idle time is counted, memory is that of gpipe" in str(dual)
+    with pytest.raises(ValueError, match="--compile: schedule dualpipe is not built here: take gpipe, 1f1b"):
+        compile_plan(dual.request)
+    words = "--mesh stage=4,fsdp=16 --microbatches 4 --batch 256 --schedule zb1p --json"
+    assert main.main(["plan", *LITE.split(), *words.split()]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert (out["schedule"], out["microbatches"], out["chunks"]) == ("zb1p", 4, 1)
