@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import deepseek_jax as dsj
 from deepseek_jax.cli.main import VERBS
 from deepseek_jax.cli.plan import parser as plan_parser
 from deepseek_jax.cli.train import load_config, override, split_hosts
+from deepseek_jax.parallel.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "configs" / "launch"
@@ -159,3 +161,15 @@ def test_what_the_files_say_of_memory():
             for more in ((), (across,))
         )
         assert (shared < apart) == less
+
+
+def test_a_part_that_is_none_is_set_in_the_config_file(capsys):
+    """As the README says; where the file has one, its fields are flags."""
+    run = load_config(ROOT / "configs" / "deepseek_v2_lite.py")
+    words = ["--pipeline.microbatches", "8"]
+    with pytest.raises(SystemExit):
+        override(run, words, "unset")
+    assert "nrecognized" in capsys.readouterr().err
+    staged = replace(run, mesh=replace(run.mesh, stage=4), pipeline=Pipeline(microbatches=4))
+    assert override(staged, words, "unset")[0].pipeline == Pipeline(microbatches=8)
+    assert "a part that is None in the file" in " ".join((ROOT / "README.md").read_text().split())

@@ -10,8 +10,10 @@ import deepseek_jax as dsj
 from deepseek_jax.cli import main
 from deepseek_jax.parallel import MeshConfig
 from deepseek_jax.parallel.pipeline import Pipeline
+from deepseek_jax.planner.advice import changes
 from deepseek_jax.planner.ask import make_request
 from deepseek_jax.planner.compiled import compile_plan
+from deepseek_jax.planner.topology import parse_topology
 
 LITE = "deepseek-v2-lite --topology v5p:4x4x4"
 
@@ -46,6 +48,76 @@ LITE = "deepseek-v2-lite --topology v5p:4x4x4"
 def test_what_is_given_is_read_or_refused(words, says, capsys):
     assert main.main(["plan", *LITE.split(), *words.split()]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "--topology v5e:16x32",
+            "256 chips at most, 16 along a dim; ask for several, such as --topology v5e:16x16 --slices 2",
+        ),
+        ("--topology v6e:17x17", "a slice of v6e has 256 chips at most"),
+        ("--topology v5e:8x8x8", "a slice of v5e has 256 chips at most"),
+        ("--topology v5e-17", "16 along a dim"),
+        ("--topology v5e:4x4x1", "16 chips are v5e:4x4"),
+        ("--topology v5p-0", "must have a chip at least, such as v5p-8"),
+        ("--topology v5p:4x4x4 --slices 1 --mesh slice=2,fsdp=32", "--slices 1: the mesh has slice = 2"),
+        ("--topology v5p:4x4x4 --mesh fsdp=--64", "'fsdp=--64' must be AXIS=NUMBER"),
+        ("--topology v5p:4x4x4 --mesh pipeline=64", "axes are slice, stage, data, fsdp, expert, context, tensor"),
+        ("--topology v5p:4x4x4 --set num_hidden_layers=four", "num_hidden_layers = 'four' (str): must be int"),
+        ("--topology v5p:4x4x4 --tokens inf", "tokens = inf: must be a number greater than 0"),
+        ("--topology v5p:3x3x3", "the nearest that does is 16, on a multiple of 16 devices: there are 27"),
+        ("--topology v5p-3000", "the nearest that does is 512, on a multiple of 512 devices: there are 1500"),
+    ],
+)
+def test_machines_meshes_and_numbers_that_cannot_be(words, says, capsys):
+    assert main.main(["plan", "deepseek-v3", *words.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"mesh": {"pipe": 64}}, "no axis is named 'pipe'; axes are slice"),
+        ({"mesh": {"fsdp": "64"}}, "fsdp = '64': must be a whole number"),
+        ({"moments": "float8"}, "--moments float8: must be one of float32, bfloat16"),
+        ({"tokens": float("nan")}, "tokens = nan: must be a number"),
+        ({"tokens": "many"}, "tokens = 'many': must be a number"),
+    ],
+)
+def test_words_from_python(given, says):
+    with pytest.raises(ValueError, match=says):
+        dsj.plan("deepseek-v2-lite", "v5p:4x4x4", **given)
+
+
+def test_twice_the_chips_is_a_machine_that_exists():
+    def advised(topology: str) -> list[str]:
+        mesh = f"fsdp={parse_topology(topology).devices}"
+        found = changes(make_request("deepseek-llm-67b", topology, mesh))
+        return [one.request.topology.name for one in found if "twice" in one.what]
+
+    assert advised("v5e:8x16") == ["v5e:16x16"] and advised("v5e:16x16") == []
+    assert advised("v5p:4x4x4") == ["v5p:4x4x8"] and advised("h100:2x8") == ["h100:4x8"]
+
+
+@pytest.mark.parametrize(
+    ("price", "assumed", "says"),
+    [
+        ("NaN", "true", "prices.h100.price = nan: must be a number greater than 0"),
+        ("Infinity", "true", "prices.h100.price = inf: must be"),
+        ("2", '"false"', "prices.h100.assumed = 'false': must be true or false"),
+    ],
+)
+def test_prices_that_are_none(price, assumed, says, tmp_path):
+    file = tmp_path / "prices.json"
+    row = f'{{"price": {price}, "assumed": {assumed}, "source": "me"}}'
+    file.write_text(f'{{"as_of": "today", "currency": "EUR", "prices": {{"h100": {row}}}}}')
+    with pytest.raises(ValueError, match=says):
+        dsj.plan("deepseek-v2-lite", "h100:8", prices=file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="prices.json: is no text: must be JSON"):
+        dsj.plan("deepseek-v2-lite", "h100:8", prices=file)
 
 
 def test_zero_is_given_from_python_too():

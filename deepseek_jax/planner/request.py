@@ -52,10 +52,9 @@ class PlanRequest:
             self.schedule in (None, *get_args(Schedule)), "PlanRequest", "schedule", self.schedule,
             f"must be one of {get_args(Schedule)}",
         )  # fmt: skip
-        require(
-            self.tokens is None or 0 < self.tokens < math.inf, "PlanRequest", "tokens", self.tokens,
-            "must be a number greater than 0",
-        )  # fmt: skip
+        tokens = self.tokens
+        known = tokens is None or (isinstance(tokens, int | float) and 0 < tokens < math.inf)
+        require(known, "PlanRequest", "tokens", tokens, "must be a number greater than 0")
         slices = self.degrees["slice"]
         require(
             self.topology.slices in (1, slices), "PlanRequest", "topology", f"{self.topology.slices} slices",
