@@ -125,6 +125,13 @@ def test_zero_is_given_from_python_too():
         dsj.plan("deepseek-v2-lite", "v5p:4x4x4", seq=0)
 
 
+def test_what_is_served_is_served_at_once():
+    """Whatever pieces the config trains in."""
+    run = run_config(micro("llm"), mesh=MeshConfig(data=1, fsdp=8), batch_size=48, accumulation=3)
+    served = make_request(run, "h100:8", step="decode", batch=16)
+    assert (served.run.batch_size, served.rows) == (16, 2)
+
+
 def test_a_configs_own_pipeline_takes_chunks_and_schedule():
     run = replace(run_config(micro("llm")), mesh=MeshConfig(data=1, stage=2, fsdp=-1), batch_size=8)
     run = replace(run, pipeline=Pipeline(microbatches=4, schedule="1f1b"))

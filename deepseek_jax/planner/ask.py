@@ -95,9 +95,9 @@ def make_request(
         batch = (accumulation or 1) * math.prod(degrees[axis] for axis in RULES["batch"])
     if given and (batch or accumulation):  # a ramp belongs to the batch that it was written for
         run = replace(run, batch_ramp=None)
-    run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)
-    if step in ("prefill", "decode"):  # all that is served is served at once
+    if step in ("prefill", "decode"):  # what is served is served at once
         run = replace(run, accumulation=1, batch_ramp=None)
+    run = replace(run, batch_size=batch or run.batch_size, accumulation=accumulation or run.accumulation)
     pipeline = _pipeline(run.pipeline, degrees["stage"], microbatches, chunks, schedule)
     run = replace(run, pipeline=pipeline)
     run = changed(run, remat=remat, moments=moments, moments_on=moments_on, mtp=mtp, dtype=param_dtype)
