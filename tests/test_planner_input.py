@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from helpers import micro, run_config
@@ -142,7 +143,7 @@ def test_a_configs_own_pipeline_takes_chunks_and_schedule():
 
 
 def test_of_a_schedule_that_is_not_built_the_idle_time_alone_counts(capsys):
-    given = dict(remat="full", moments="bfloat16", batch=512, microbatches=8)
+    given: dict[str, Any] = dict(remat="full", moments="bfloat16", batch=512, microbatches=8)
     built, dual = (
         dsj.plan("deepseek-v3", "v5p:8x8x8", "stage=8,fsdp=8,expert=8", schedule=schedule, **given)
         for schedule in ("gpipe", "dualpipe")
