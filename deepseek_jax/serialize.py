@@ -50,6 +50,12 @@ def check_types(config: Any) -> None:
     _check(type(config), config, _Where(type(config).__name__))
 
 
+def check_field(cls: type, name: str, value: Any, where: str) -> Any:
+    """`value`, if it is what a dataclass says of its field `name`; else a `ValueError` that opens with `where`."""
+    _check(_hints(cls)[name], value, _Where(f"{where}: {cls.__name__}.{name}"))
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class _Where:
     """The place of a value: a dotted path that opens with the outermost dataclass."""

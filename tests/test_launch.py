@@ -1,17 +1,23 @@
 """The files of configs/launch and the commands of docs/pods.md: what can be checked of them without their clouds."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # flax and Orbax need it too
 
+import deepseek_jax as dsj
 from deepseek_jax.cli.main import VERBS
 from deepseek_jax.cli.plan import parser as plan_parser
 from deepseek_jax.cli.train import load_config, override, split_hosts
+from deepseek_jax.parallel.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "configs" / "launch"
@@ -52,12 +58,31 @@ def test_commands_are_ours_and_their_meshes_fit(name):
             continue
         hosts, rest = split_hosts(verb, flags)
         assert hosts.hosts == "auto"
+        assert {"--data.cache-dir", "--data.sources.0.path", "--data.tokenizer"} <= {*rest}
         config, run_dir = override(load_config(ROOT / path), rest, "unset", verb)
         assert run_dir != "unset", "hosts share no default folder"
         degrees = config.mesh.resolved(DEVICES[name])
         shards = degrees["slice"] * degrees["data"] * degrees["fsdp"] * degrees["expert"]
         assert config.piece_size % shards == 0
         assert 1 <= config.piece_size // shards <= 4, "sequences of a device at once"
+
+
+def test_the_start_on_tpu_vms_does_not_wait_for_the_run(tmp_path):
+    """The script with an ssh that waits for whoever holds its streams, as a real one does, and a run that lasts."""
+    home, run = tmp_path / "home", tmp_path / "home" / "deepseek_jax" / ".venv" / "bin" / "deepseek-jax"
+    run.parent.mkdir(parents=True)
+    run.write_text(f"#!/bin/bash\necho $$ > {tmp_path}/pid\nexec sleep 120\n")
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text('#!/bin/bash\ncd "$HOME"\ncase "${!#}" in *nohup*) bash -c "${!#}" | cat ;; esac\n')
+    for file in (run, gcloud):
+        file.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(home), "SOURCE": "x", "BUCKET": "gs://x"}
+    subprocess.run(["bash", LAUNCH / "tpu_vm.sh"], env=env, check=True, capture_output=True, timeout=60)
+    deadline = time.monotonic() + 30
+    while not ((pid := tmp_path / "pid").exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int(pid.read_text()), signal.SIGTERM)  # it runs still
+    assert "{ nohup" in (ROOT / "docs" / "pods.md").read_text()
 
 
 def test_every_file_is_checked_and_named_in_the_docs():
@@ -106,3 +131,45 @@ def test_slurm_starts_a_task_a_gpu():
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert int(options["nodes"]) * int(options["gpus-per-node"]) == DEVICES["slurm.sbatch"]
     assert options["signal"].startswith("TERM@")
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(0, 0), (1, 0), (2, 0), (75, 1), (124, 1), (134, 1), (137, 1), (139, 1), (143, 1)]
+)
+def test_slurm_queues_again_what_may_go_on(code, again, tmp_path):
+    for name, does in (("srun", f"exit {code}"), ("scontrol", f"echo $1 >> {tmp_path}/said")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": "r", "CORPUS": "c", "TOKENIZER": "t", "SLURM_JOB_ID": "1"}
+    assert subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=env, check=False).returncode == code
+    assert (tmp_path / "said").exists() == bool(again)
+
+
+def test_what_the_files_say_of_memory():
+    """One slice in place of the JobSet's two, and experts across slices."""
+    words = commands_of("gke_jobset.yaml")[0]
+    pieces = int(words[words.index("--accumulation") + 1])
+    assert f"--accumulation {2 * pieces}" in (LAUNCH / "gke_jobset.yaml").read_text()
+    run = load_config(ROOT / "configs" / "deepseek_v2_lite.py")
+    one, two = (dsj.plan(run, "v5p:4x4x4", "fsdp=64", remat="v3", accumulation=n) for n in (2 * pieces, pieces))
+    assert one.fits and not two.fits
+    given = dict(mesh="slice=4,fsdp=64,expert=8", remat="full", moments="bfloat16")
+    across = "expert_across_slices=True"
+    for bounded, less in (((), False), (("expert_buffer_factor=1.5",), True)):
+        apart, shared = (
+            dsj.plan("deepseek-v3", "v5p-1024", fields=(*bounded, *more), **given).memory.peak
+            for more in ((), (across,))
+        )
+        assert (shared < apart) == less
+
+
+def test_a_part_that_is_none_is_set_in_the_config_file(capsys):
+    """As the README says; where the file has one, its fields are flags."""
+    run = load_config(ROOT / "configs" / "deepseek_v2_lite.py")
+    words = ["--pipeline.microbatches", "8"]
+    with pytest.raises(SystemExit):
+        override(run, words, "unset")
+    assert "nrecognized" in capsys.readouterr().err
+    staged = replace(run, mesh=replace(run.mesh, stage=4), pipeline=Pipeline(microbatches=4))
+    assert override(staged, words, "unset")[0].pipeline == Pipeline(microbatches=8)
+    assert "a part that is None in the file" in " ".join((ROOT / "README.md").read_text().split())

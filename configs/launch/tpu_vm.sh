@@ -18,10 +18,11 @@ gcloud compute tpus tpu-vm describe "$TPU" --zone "$ZONE" >/dev/null 2>&1 ||
 on_all "test -d deepseek_jax || git clone $SOURCE deepseek_jax
   cd deepseek_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
 
-# A screen of every worker would end with the ssh session; nohup and a log stay.
-on_all "cd deepseek_jax && nohup .venv/bin/deepseek-jax train configs/deepseek_v2_lite.py --hosts auto \
+# A screen of every worker would end with the ssh session; nohup and a log stay. Nothing of the run may hold ssh's own
+# streams, or ssh waits for its end.
+on_all "cd deepseek_jax && { nohup .venv/bin/deepseek-jax train configs/deepseek_v2_lite.py --hosts auto \
   --run-dir $BUCKET/v2_lite --data.cache-dir $BUCKET/cache \
   --data.sources.0.path $BUCKET/corpus --data.tokenizer $BUCKET/tokenizer.json \
-  --accumulation 18 --model.remat v3 --mesh.data 1 --mesh.fsdp -1 > run.log 2>&1 &"
+  --accumulation 18 --model.remat v3 --mesh.data 1 --mesh.fsdp -1 > run.log 2>&1 < /dev/null & }"
 
 on_all "tail -n 5 deepseek_jax/run.log"

@@ -12,6 +12,8 @@ from deepseek_jax.config import REMATS
 
 _STEPS = ("train", "grpo", "prefill", "decode")
 _SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe")
+# What --search has no use for.
+_SEARCHED = ("mesh", "remat", "accumulation", "microbatches", "chunks", "schedule", "picture", "keep")
 _DESCRIPTION = """\
 Say whether a step fits a machine, how fast it can be and what it costs, without the machine. By arithmetic in
 milliseconds; with --compile by the real TPU compiler (extra tpu), which takes minutes."""
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-mtp", action="store_true", help="without multi-token modules")
     add("--microbatches", type=int, metavar="M", help="of a pipeline over the mesh's stages")
     add("--chunks", type=int, metavar="V", help="runs of layers a stage has in it (default: the config's, or 1)")
-    add("--schedule", choices=_SCHEDULES, help="of the pipeline: gpipe, 1f1b; of others the idle time is counted")
+    add("--schedule", choices=_SCHEDULES, help="of the pipeline; of zb1p and dualpipe the idle time alone is counted")
     add("--tokens", type=float, metavar="N", help="tokens of the whole run, for hours and money")
     add("--prices", metavar="FILE", help="prices a chip hour, JSON like planner/prices.json")
     add(
@@ -74,6 +76,7 @@ def run(args: Sequence[str]) -> None:
         return
     if flags.what is None:
         raise ValueError("say what to plan: a member's name (`deepseek-jax models` lists them), or a config file")
+    _check(flags)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: no accelerator needs to start
 
     from deepseek_jax.planner.analysis import analyse
@@ -92,7 +95,28 @@ def run(args: Sequence[str]) -> None:
         compiled = compile_plan(request, keep=flags.keep).to_dict()
     if flags.picture:
         picture(plan, flags.picture, compiled)
-    print(json.dumps({**plan.to_dict(), **(compiled or {})}, indent=2) if flags.json else text(plan, compiled))
+    out = {**plan.to_dict(), **request.pipeline_words, **(compiled or {})}
+    print(json.dumps(out, indent=2) if flags.json else text(plan, compiled))
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """Raise for flags that another leaves no use for, and for a picture that could not be written."""
+    if flags.keep is not None and not flags.compile:
+        raise ValueError(f"--keep {flags.keep}: the dumps are the compiler's: give --compile too")
+    for name in _SEARCHED if flags.search else ():
+        if (value := getattr(flags, name)) is not None:
+            raise ValueError(
+                f"--{name} {value}: --search does not read it, since it tries meshes, recomputation and pieces itself "
+                f"(slices are --slices): leave one of both out"
+            )
+    if flags.picture is not None:
+        path = Path(flags.picture)
+        if path.is_dir() or path.suffix.lower() not in (".png", ".svg"):
+            raise ValueError(f"--picture {path}: must be a file's name that ends in .png or .svg")
+        if not path.parent.is_dir():
+            raise ValueError(f"--picture {path}: there is no folder {path.parent}: make it first")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"--picture {path}: may not be written: take another folder")
 
 
 def _requests(flags: argparse.Namespace) -> list[Any]:
@@ -104,7 +128,8 @@ def _requests(flags: argparse.Namespace) -> list[Any]:
     topologies, mesh, slices = flags.topology, flags.mesh, flags.slices
     if flags.preset:
         chosen = preset(flags.preset)
-        topologies, mesh = topologies or chosen.topology, mesh or chosen.mesh
+        topologies = topologies or chosen.topology
+        mesh = chosen.mesh if mesh is None and not flags.search else mesh
         slices = chosen.slices if slices is None and not flags.topology else slices
     if topologies is None:
         raise ValueError(

@@ -1,7 +1,8 @@
 """`deepseek-jax train CONFIG.py [--run-dir DIR] [--steps N] [--model.ffn.n-group G] …`, and every verb like it.
 
 A config file is Python that defines `get_config()`, which returns the verb's configuration: a `RunConfig` for `train`.
-Every field of it, nested ones included, is a flag with the field's own type. The same command on the same run folder
+Every field of it, nested ones included, is a flag with the field's own type; a part that is None there, such as a pipeline,
+has none, and is set in the file. The same command on the same run folder
 continues the run. `--hosts` makes it one of several processes: see docs/pods.md.
 """
 

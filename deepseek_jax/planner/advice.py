@@ -9,6 +9,7 @@ from deepseek_jax.config import REMATS, MoE
 from deepseek_jax.planner.memory import Memory, memory_of
 from deepseek_jax.planner.request import PlanRequest, changed
 from deepseek_jax.planner.shapes import check_divides
+from deepseek_jax.planner.topology import Topology, parse_topology
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,25 @@ def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
             yield "--set expert_across_slices=True", other
     yield from _more_experts(request)
     if run.mesh.fsdp != -1:
-        shape = list(request.topology.shape)
-        shape[-1 if request.device.torus else 0] *= 2
-        grown = replace(request.topology, shape=tuple(shape))
+        grown = _twice(request.topology)
         mesh = replace(run.mesh, fsdp=2 * request.degrees["fsdp"])
         wider = replace(run, mesh=mesh, batch_size=2 * run.batch_size, batch_ramp=None)
-        other = _maybe(request, topology=grown, run=wider)
-        if other is not None:
+        other = _maybe(request, topology=grown, run=wider) if grown else None
+        if other is not None and grown is not None:
             yield f"twice the chips, --topology {grown.name} with fsdp {mesh.fsdp}", other
+
+
+def _twice(topology: Topology) -> Topology | None:
+    """Of twice the chips a slice (GPUs: hosts); None where there is no such slice."""
+    for dim in (-1, 0) if topology.kind.torus else (0,):
+        shape = list(topology.shape)
+        shape[dim] *= 2
+        grown = replace(topology, shape=tuple(shape))
+        try:
+            return parse_topology(grown.name, grown.slices)
+        except ValueError:
+            continue
+    return None
 
 
 def _fewer_rows(request: PlanRequest) -> tuple[str, PlanRequest] | None:

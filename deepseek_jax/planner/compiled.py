@@ -72,10 +72,13 @@ def compile_plan(request: PlanRequest, *, timeout: float | None = None, keep: st
         keep: folder that the compiler's dumps stay in (the program, its buffers); None: they are read and deleted.
 
     Raises:
-        ValueError: no TPU, no libtpu here, or a step that cannot be lowered on that mesh (the message is the child's).
+        ValueError: no TPU, no libtpu here, a schedule that is not built, or a step that cannot be lowered on that mesh
+            (the message is the child's).
         TimeoutError: after `timeout`.
     """
     device = request.device
+    if request.not_built is not None:
+        raise ValueError(f"--compile: schedule {request.not_built} is not built here: take gpipe, 1f1b or interleaved")
     if device.name not in _ACCELERATORS:
         raise ValueError(
             f"--compile: libtpu compiles for absent TPUs ({', '.join(_ACCELERATORS)}); no compiler does for {device.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -39,6 +40,8 @@ def price_of(device: str, file: str | Path | None = None) -> Price | None:
             text = Path(file).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError(f"--prices {where}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"--prices {where}: is no text: must be JSON like planner/prices.json") from None
     try:
         table = json.loads(text)
         row = table["prices"].get(device)
@@ -46,13 +49,15 @@ def price_of(device: str, file: str | Path | None = None) -> Price | None:
             return None
         price = Price(
             amount=float(row["price"]), currency=str(table["currency"]), as_of=str(table["as_of"]),
-            source=str(row["source"]), assumed=bool(row["assumed"]),
+            source=str(row["source"]), assumed=row["assumed"],
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{where}: {error!r}; a price file has "as_of", "currency" and, in "prices", for each device a "price", '
             f'"assumed" and "source"'
         ) from None
-    if price.amount <= 0:
-        raise ValueError(f"{where}: prices.{device}.price = {price.amount}: must be greater than 0")
+    if not 0 < price.amount < math.inf:
+        raise ValueError(f"{where}: prices.{device}.price = {price.amount}: must be a number greater than 0")
+    if not isinstance(price.assumed, bool):
+        raise ValueError(f"{where}: prices.{device}.assumed = {price.assumed!r}: must be true or false")
     return price

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig
@@ -17,9 +18,11 @@ from deepseek_jax.layers.expert_parallel import Exchange
 from deepseek_jax.parallel.bubbles import Schedule, idle_share
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.one_f_one_b import places
+from deepseek_jax.parallel.pipeline import SCHEDULES
 from deepseek_jax.parallel.ring import check_length
 from deepseek_jax.parallel.rules import RULES
 from deepseek_jax.planner.topology import Topology
+from deepseek_jax.serialize import check_field
 from deepseek_jax.training.config import AdamW, RunConfig
 from deepseek_jax.training.schedule import MultiStep
 
@@ -38,7 +41,8 @@ class PlanRequest:
     topology: Topology
     step: Step = "train"
     schedule: Schedule | None = None
-    """Whose idle time to count where `run.pipeline` is there; None: that of the pipeline itself."""
+    """Whose idle time to count where `run.pipeline` is there; None: that of the pipeline itself. Memory is that of the
+    pipeline in any case."""
     tokens: float | None = None
     """To train on, or to serve; for hours and money."""
 
@@ -48,7 +52,9 @@ class PlanRequest:
             self.schedule in (None, *get_args(Schedule)), "PlanRequest", "schedule", self.schedule,
             f"must be one of {get_args(Schedule)}",
         )  # fmt: skip
-        require(self.tokens is None or self.tokens > 0, "PlanRequest", "tokens", self.tokens, "must be greater than 0")
+        tokens = self.tokens
+        known = tokens is None or (isinstance(tokens, int | float) and 0 < tokens < math.inf)
+        require(known, "PlanRequest", "tokens", tokens, "must be a number greater than 0")
         slices = self.degrees["slice"]
         require(
             self.topology.slices in (1, slices), "PlanRequest", "topology", f"{self.topology.slices} slices",
@@ -114,11 +120,30 @@ class PlanRequest:
     @property
     def idle_share(self) -> float:
         """Of a step, what stages of the pipeline wait for one another."""
+        return self._idle(self.schedule)
+
+    def _idle(self, schedule: Schedule | None) -> float:
+        """The same by a schedule; None: that of the pipeline itself."""
         pipeline, stages = self.run.pipeline, self.degrees["stage"]
         if pipeline is None or self.step != "train" or stages == 1:
             return 0.0
-        schedule = self.schedule or ("gpipe" if pipeline.chunks == 1 else "interleaved")
+        schedule = schedule or ("gpipe" if pipeline.chunks == 1 else "interleaved")
         return idle_share(schedule, stages, pipeline.microbatches, pipeline.chunks)
+
+    @property
+    def not_built(self) -> str | None:
+        """The schedule whose idle time alone is counted, since no pipeline here runs it."""
+        built = (None, *SCHEDULES, "interleaved")
+        return None if self.piped_stack is None or self.schedule in built else self.schedule
+
+    @property
+    def pipeline_words(self) -> dict[str, Any]:
+        """Schedule, microbatches and chunks, for --json; all None where no pipeline runs."""
+        pipeline = self.run.pipeline
+        if pipeline is None or self.piped_stack is None:
+            return {"schedule": None, "microbatches": None, "chunks": None}
+        own = "interleaved" if pipeline.schedule == "gpipe" and pipeline.chunks > 1 else pipeline.schedule
+        return {"schedule": self.schedule or own, "microbatches": pipeline.microbatches, "chunks": pipeline.chunks}
 
     @property
     def piped_stack(self) -> str | None:
@@ -167,7 +192,7 @@ class PlanRequest:
         pipeline = self.run.pipeline
         if not self.one_f_one_b or pipeline is None:
             # Stages work, and save, in the ticks too in which they have nothing of the batch.
-            return self.rows / (1 - self.idle_share)
+            return self.rows / (1 - self._idle(None))
         if stack == self.piped_stack:
             kept = sum(places(self.degrees["stage"], pipeline.chunks))
             return self.rows * kept / (pipeline.chunks * pipeline.microbatches)
@@ -190,21 +215,35 @@ def parse_mesh(text: str) -> MeshConfig:
     Raises:
         ValueError: an unknown axis (the closest is named), or no whole number.
     """
-    known = [field.name for field in fields(MeshConfig)]
     degrees: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-            raise ValueError(
-                f"--mesh {text!r}: no axis is named {name!r}; did you mean {close[0] if close else known}?"
-            )
-        if not equals or not value.lstrip("-").isdigit():
+        if equals and not re.fullmatch("-?[0-9]+", value):
             raise ValueError(f"--mesh {text!r}: {part!r} must be AXIS=NUMBER")
         if name in degrees:
             raise ValueError(f"--mesh {text!r}: axis {name!r} is given twice")
+        _check_axis(name, f"--mesh {text!r}")
+        if not equals:
+            raise ValueError(f"--mesh {text!r}: {part!r} must be AXIS=NUMBER")
         degrees[name] = int(value)
+    return mesh_of(degrees, f"--mesh {text!r}")
+
+
+def mesh_of(degrees: Mapping[str, int], where: str) -> MeshConfig:
+    """Degrees by axis as a `MeshConfig`; axes that are not named are 1. `where` opens the message of a refusal."""
+    for name, degree in degrees.items():
+        _check_axis(name, where)
+        if type(degree) is not int:
+            raise ValueError(f"{where}: {name} = {degree!r}: must be a whole number")
     return MeshConfig(**{"data": 1, **degrees})
+
+
+def _check_axis(name: str, where: str) -> None:
+    known = [field.name for field in fields(MeshConfig)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"{where}: no axis is named {name!r}; {meant}axes are {', '.join(known)}")
 
 
 def run_of(model: ModelConfig, **given) -> RunConfig:
@@ -249,8 +288,12 @@ def parse_fields(model: ModelConfig, words: Sequence[str]) -> dict[str, object]:
             raise ValueError(
                 f"--set {word!r}: must be FIELD=VALUE of a model; did you mean {close[0] if close else known}?"
             )
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
+        found[name] = check_field(type(model), name, _literal(value), f"--set {word}")
     return found
+
+
+def _literal(value: str) -> object:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

@@ -54,6 +54,8 @@ def search(
     Raises:
         ValueError: nothing fits; the message says what came nearest.
     """
+    if batch is not None and batch < 1:
+        raise ValueError(f"--batch {batch}: must be at least 1; left out, rows a device are searched")
     found: list[Found] = []
     nearest: Plan | None = None
     for request in requests:

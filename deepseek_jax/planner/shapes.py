@@ -96,15 +96,25 @@ def check_divides(model: ModelConfig, degrees: Mapping[str, int]) -> None:
         try:
             partition_spec(mesh, leaf.names, leaf.shape, f"parameter {leaf.path}")
         except ValueError as error:
-            raise ValueError(f"{error}{_remedy(leaf, degrees)}") from None
+            raise ValueError(f"{error}{_remedy(model, leaf, degrees)}") from None
 
 
-def _remedy(leaf: Leaf, degrees: Mapping[str, int]) -> str:
+def _remedy(model: ModelConfig, leaf: Leaf, degrees: Mapping[str, int]) -> str:
+    """The nearest product of the axes that divides all dims which they split, of no more devices than there are."""
+
+    def axes(name: str) -> set[str]:
+        return {axis for axis in RULES[name] if degrees[axis] > 1}
+
+    devices = math.prod(degrees.values())
     for name, size in zip(leaf.names, leaf.shape, strict=True):
         product = math.prod(degrees[axis] for axis in RULES[name])
         if size % product:
-            divisors = [n for n in range(1, size + 1) if size % n == 0]
-            return f"; the nearest that does is {min(divisors, key=lambda n: abs(math.log(n / product)))}"
+            split = [one for other in leaves(model) for one in zip(other.names, other.shape, strict=True)]
+            common = math.gcd(*(dim for other, dim in split if axes(other) == axes(name)))
+            divisors = [n for n in range(1, min(common, devices) + 1) if common % n == 0]
+            best = min(divisors, key=lambda n: abs(math.log(n / product)))
+            whole = "" if devices % best == 0 else f", on a multiple of {best} devices: there are {devices}"
+            return f"; the nearest that does is {best}{whole}"
     return ""
 
 

@@ -48,6 +48,15 @@ def _head(plan: Plan) -> Iterator[str]:
     if request.trains:
         moments = run.optimizer.moment_dtype + (" on the host" if request.moments_at_host else "")
         yield f"  kept      parameters {model.param_dtype}, moments {moments}, compute {model.dtype}, remat {model.remat}"
+    piped = request.pipeline_words
+    if piped["microbatches"] is not None:
+        chunks = f", {piped['chunks']} chunks a stage" if piped["chunks"] > 1 else ""
+        yield f"  pipeline  {piped['schedule']}, {piped['microbatches']} microbatches{chunks}"
+        if request.not_built is not None and request.run.pipeline is not None:
+            yield (
+                f"            {request.not_built} is not built here: only its idle time is counted, memory is that of "
+                f"{request.run.pipeline.schedule}"
+            )
     if request.split(request.exchange.axis) > 1:
         factor = model.expert_buffer_factor
         room = "room for all that can come" if factor is None else f"{factor:g} of an even share"

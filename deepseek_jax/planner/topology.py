@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from deepseek_jax import hardware
 from deepseek_jax.hardware import Device
 
+SIDE = 16
+"""Chips along a side of the largest slice of v5e and v6e."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -80,11 +83,17 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise ValueError(f"topology {text!r}: write DEVICE:SHAPE, such as v5p:8x8x8, v5e-64 or h100:2x8")
     if min(shape) < 1:
         raise ValueError(f"topology {text!r}: every dim must be at least 1")
+    if device.torus == 2 and (math.prod(shape) > SIDE**2 or (len(shape) == 2 and max(shape) > SIDE)):
+        raise ValueError(
+            f"topology {text!r}: a slice of {device.name} has {SIDE**2} chips at most, {SIDE} along a dim; "
+            f"ask for several, such as --topology {device.name}:{SIDE}x{SIDE} --slices 2"
+        )
     if device.torus and len(shape) != device.torus:
         near = _cubic(math.prod(shape), device.torus)
+        known = device.torus == 3 or max(near) <= SIDE
         raise ValueError(
-            f"topology {text!r}: {device.name} chips lie in {device.torus} dims, not {len(shape)}; "
-            f"{math.prod(shape)} chips are {device.name}:{'x'.join(map(str, near))}"
+            f"topology {text!r}: {device.name} chips lie in {device.torus} dims, not {len(shape)}"
+            + (f"; {math.prod(shape)} chips are {device.name}:{'x'.join(map(str, near))}" if known else "")
         )
     if not device.torus:
         shape = _hosts(device, text, shape)
@@ -110,13 +119,17 @@ def _hosts(device: Device, text: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
 def _torus(device: Device, text: str, count: int) -> tuple[int, ...]:
     """The usual shape of a slice by its cloud name."""
+    if count < 1:
+        raise ValueError(
+            f"topology {text!r}: must have a chip at least, such as {device.name}-{4 * device.named_cores}"
+        )
     if count % device.named_cores:
         raise ValueError(
             f"topology {text!r}: a {device.name} chip counts as {device.named_cores} cores; {count + 1} works"
         )
     chips = count // device.named_cores
-    if device.torus == 2 and chips > 256:
-        raise ValueError(f"topology {text!r}: a slice of {device.name} has 256 chips at most; ask for slices of them")
+    if device.torus == 2 and chips > SIDE**2:
+        return (chips, 1)  # which is refused as any other of that size
     return _cubic(chips, device.torus)
 
 
