@@ -118,6 +118,7 @@ class Plan:
             "chips": request.topology.chips,
             "devices": request.topology.devices,
             "mesh": request.degrees,
+            **request.pipeline_words,
             "batch": request.run.batch_size,
             "accumulation": request.run.accumulation,
             "seq": request.run.seq_len,
