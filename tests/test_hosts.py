@@ -129,7 +129,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(config, tmp_path, m
         assert time.monotonic() - killed < hosts.HEARTBEAT_S + hosts.SHUTDOWN_S + 20
     assert ended[1][0] == -signal.SIGKILL
     assert ended[0][0] not in (0, 75), ended[0]
-    assert "Current thread" in ended[0][2] or "Traceback" in ended[0][2], "where it was"
+    # Python's own error, or the stacks of all threads as one that Python does not know aborts the process.
+    assert re.search(r"Traceback|\(most recent call first\)", ended[0][2]), ended[0][2]
     assert "process 0 of 2" in ended[0][2] or "JAX distributed service" in ended[0][2]
     rest = train_here(config, tmp_path, MeshConfig(data=jax.device_count()), monkeypatch)
     assert len(rest) in (2, 4), "it goes on from step 4, or from step 2 where the kill met the save of step 4"
