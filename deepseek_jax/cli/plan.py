@@ -95,8 +95,7 @@ def run(args: Sequence[str]) -> None:
         compiled = compile_plan(request, keep=flags.keep).to_dict()
     if flags.picture:
         picture(plan, flags.picture, compiled)
-    out = {**plan.to_dict(), **(compiled or {})}
-    print(json.dumps(out, indent=2) if flags.json else text(plan, compiled))
+    print(json.dumps({**plan.to_dict(), **(compiled or {})}, indent=2) if flags.json else text(plan, compiled))
 
 
 def _check(flags: argparse.Namespace) -> None:

@@ -2,8 +2,8 @@
 
 A config file is Python that defines `get_config()`, which returns the verb's configuration: a `RunConfig` for `train`.
 Every field of it, nested ones included, is a flag with the field's own type; a part that is None there, such as a pipeline,
-has none, and is set in the file. The same command on the same run folder
-continues the run. `--hosts` makes it one of several processes: see docs/pods.md.
+has none, and is set in the file. The same command on the same run folder continues the run. `--hosts` makes it one of several
+processes: see docs/pods.md.
 """
 
 import argparse

@@ -137,7 +137,6 @@ def parallel_experts(
     dtype, E = x_BTD.dtype.name, w_gate_EDF.shape[0]
     if decoding:
         exchange = replace(exchange, buffer_factor=None)
-    bounded = exchange.buffer_factor is not None and valid_BT is not None
     if valid_BT is None:
         valid_BT = jnp.ones(x_BTD.shape[:2], bool)
 
@@ -154,7 +153,7 @@ def parallel_experts(
         else:
             serve = _ragged if exchange.way == "ragged" and experts and not decoding else _ring
             S, L = (lax.axis_size(axes) if axes else 1 for axes in (experts, slices))
-            if bounded:
+            if exchange.buffer_factor is not None:
                 indices_MX = jnp.where(valid_BT.reshape(B * T, 1), indices_MX, E)  # no expert's
             places = exchange.places(B * T, X, E, S, L)
             within = partial(serve, swiglu=swiglu, E=E // L, rows=places.rows, axes=experts)

@@ -64,7 +64,7 @@ def layer_tensors(request: PlanRequest, moe: bool) -> list[Tensor]:
         found += [of("slice_received", D, rows=arrivals, expert=True, read=False)]
         found += [of("slice_sums", D, max(item, 4), rows=arrivals, expert=True, read=False)]
         found += [of("slice_back", D, max(item, 4), expert=True, read=False)]
-    if shards > 1 and (model.expert_exchange == "ring" or not request.trains):  # serving takes the ring always
+    if shards > 1 and request.ring:
         names = ("expert_gathered", "expert_summed")
         found += [of(name, shards * D, rows=arrivals, expert=True, read=False) for name in names]
     elif shards > 1:  # sorted, sent, sorted again, and all the way back

@@ -22,25 +22,15 @@ class Change:
     """With it."""
 
     @property
-    def peak(self) -> int:
-        """Bytes of a device."""
-        return self.memory.peak
-
-    @property
-    def host(self) -> int:
-        """Bytes of its host's memory."""
-        return self.memory.host
-
-    @property
     def fits(self) -> bool:
-        return self.peak <= (self.request.device.hbm or 0) and self.host <= self.request.host_share
+        return self.memory.peak <= (self.request.device.hbm or 0) and self.memory.host <= self.request.host_share
 
 
 def changes(request: PlanRequest) -> list[Change]:
     """Single changes that lower the peak, and all that cost no chips together; those that fit first, least first."""
     now = memory_of(request).peak
     found = [Change(what, other, memory_of(other)) for what, other in _tried(request)]
-    return sorted((one for one in found if one.peak < now), key=lambda one: (not one.fits, one.peak))
+    return sorted((one for one in found if one.memory.peak < now), key=lambda one: (not one.fits, one.memory.peak))
 
 
 def _tried(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:

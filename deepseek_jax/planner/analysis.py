@@ -217,11 +217,10 @@ def hbm_bytes(request: PlanRequest) -> float:
     activations = 0.0
     for stack, layers in counts.items():
         if layers:
-            layers += request.empty_layers if stack == request.piped_stack else 0
             tensors = layer_tensors(request, stack != "dense_layers" and moe > 0)
             again = sum(t.bytes for t in tensors) - sum(t.bytes for t in saved(request, tensors, stack))
             # Written and read once forward, read and a gradient written and read backward, what is redone once more.
-            activations += layers * (5 * sum(t.bytes for t in tensors) + 2 * again)
+            activations += request.computed_layers(stack, layers) * (5 * sum(t.bytes for t in tensors) + 2 * again)
     return optimizer + moved + request.run.accumulation * activations
 
 

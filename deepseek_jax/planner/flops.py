@@ -55,9 +55,7 @@ def _flops_of(request: PlanRequest, model: ModelConfig) -> Flops:
     if not request.trains:
         return Flops(forward=forward, backward=0.0, recomputed=0.0, attention=attention)
     whole = forward - _not_redone(model, parts["head"], mtp=request.step == "train")
-    recomputed = {"none": 0.0, "full": whole, "offload": whole, "v3": _up_projections(model)}[
-        "full" if request.one_f_one_b else model.remat
-    ]
+    recomputed = {"none": 0.0, "full": whole, "v3": _up_projections(model)}[request.redone]
     if request.step == "grpo":  # the reference's log-probabilities are one more forward pass
         recomputed += forward
     return Flops(forward=forward, backward=2 * forward, recomputed=recomputed, attention=attention)

@@ -173,8 +173,7 @@ def _activations(request: PlanRequest) -> Iterable[Buffer]:
         for tensor in saved(request, layer_tensors(request, moe), name):
             part = "saved expert rows" if tensor.expert else "saved activations"
             when = ("forward", "loss", "backward")
-            empty = request.empty_layers if name == request.piped_stack else 0
-            size = int((layers + empty) * tensor.bytes * share)
+            size = int(request.computed_layers(name, layers) * tensor.bytes * share)
             yield Buffer(
                 f"{tensor.name} of {layers} {name}", part, size, when, on_host=request.model.remat == "offload"
             )

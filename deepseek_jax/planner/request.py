@@ -72,7 +72,7 @@ class PlanRequest:
         check_length(self.run.seq_len, self.split("length"), "seq")
         if (pipeline := self.run.pipeline) is not None:
             stages = self.degrees["stage"]
-            pipeline.check_layers(stages, self.model.num_moe_layers or self.model.num_dense_layers)
+            pipeline.check_layers(stages, self.piped_layers)
             pipeline.check_rows(stages, rows, split // stages)
 
     @property
@@ -153,6 +153,11 @@ class PlanRequest:
         return "moe_layers" if self.model.num_moe_layers else "dense_layers"
 
     @property
+    def piped_layers(self) -> int:
+        """Layers of the loop that a pipeline takes."""
+        return self.model.num_moe_layers or self.model.num_dense_layers
+
+    @property
     def pipeline_ticks(self) -> int:
         """In which each stage applies a chunk of layers, forward; 0 without a pipeline."""
         if self.run.pipeline is None or self.piped_stack is None:
@@ -163,8 +168,7 @@ class PlanRequest:
     def layers_of_a_chunk(self) -> int:
         """Of a pipeline; chunks are of equal length, filled up with empty layers."""
         assert self.run.pipeline is not None
-        layers = self.model.num_moe_layers or self.model.num_dense_layers
-        return -(-layers // (self.degrees["stage"] * self.run.pipeline.chunks))
+        return -(-self.piped_layers // (self.degrees["stage"] * self.run.pipeline.chunks))
 
     @property
     def empty_layers(self) -> int:
@@ -172,7 +176,22 @@ class PlanRequest:
         if self.run.pipeline is None or self.piped_stack is None:
             return 0
         places = self.degrees["stage"] * self.run.pipeline.chunks * self.layers_of_a_chunk
-        return places - (self.model.num_moe_layers or self.model.num_dense_layers)
+        return places - self.piped_layers
+
+    def computed_layers(self, stack: str, layers: int) -> int:
+        """Of a loop over so many layers, a pipeline's empty ones with them."""
+        return layers + (self.empty_layers if stack == self.piped_stack else 0)
+
+    @property
+    def redone(self) -> Literal["none", "v3", "full"]:
+        """What the backward pass of the piped layers, or of all, works out again: a `remat` that keeps as much."""
+        remat = self.model.remat
+        return "full" if self.one_f_one_b or remat == "offload" else remat
+
+    @property
+    def ring(self) -> bool:
+        """Whether tokens get to their experts by the ring, which serving always takes."""
+        return self.model.expert_exchange == "ring" or not self.trains
 
     @property
     def one_f_one_b(self) -> bool:

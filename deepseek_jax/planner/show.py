@@ -90,8 +90,8 @@ def _memory(plan: Plan, compiled: dict[str, Any] | None) -> Iterator[str]:
         scale = need / plan.memory.peak if need else 1.0
         yield f"What to change{' (arithmetic, scaled to what the compiler wanted)' if need else ''}:"
         for change in changes(plan.request)[:6]:
-            fits = change.peak * scale <= plan.hbm_bytes and change.host <= change.request.host_share
-            yield f"    {amount(change.peak * scale):>12}  {'fits' if fits else 'does not fit'}: {change.what}"
+            fits = change.memory.peak * scale <= plan.hbm_bytes and change.memory.host <= change.request.host_share
+            yield f"    {amount(change.memory.peak * scale):>12}  {'fits' if fits else 'does not fit'}: {change.what}"
 
 
 def compiled_lines(plan: Plan, compiled: dict[str, Any]) -> Iterator[str]:

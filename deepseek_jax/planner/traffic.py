@@ -186,8 +186,7 @@ def _times(request: PlanRequest, table: Mapping[str, int]) -> int:
     """Of one of these tables, for the step; that of GRPO has the reference's forward pass besides."""
     if not request.trains:
         return table["forward"]
-    remat = "full" if request.one_f_one_b or request.model.remat == "offload" else request.model.remat
-    return table[remat] + table["forward"] * (request.step == "grpo")
+    return table[request.redone] + table["forward"] * (request.step == "grpo")
 
 
 def _layers(request: PlanRequest) -> Iterable[Collective]:
@@ -222,7 +221,6 @@ def _experts(request: PlanRequest, ffn: MoE, tokens: int) -> Iterable[Collective
     """Tokens to their experts and back. `tokens`: of a device, those of each MoE layer counted."""
     model, n, slices = request.model, request.degrees["expert"], request.slices_of_experts
     row, chosen = model.hidden_size * ITEM[model.dtype], ffn.num_experts_per_tok
-    ring = model.expert_exchange == "ring" or not request.trains
     # A token goes once to each slice with experts of its own, as many as there may be; its route is told to all.
     visits = slices_of_token(request.exchange.groups, chosen, slices)
     across = tokens * visits * row * (slices - 1) / slices * _times(request, _RING)
@@ -231,7 +229,7 @@ def _experts(request: PlanRequest, ffn: MoE, tokens: int) -> Iterable[Collective
     yield from _over(request, what, ("slice",) * (slices > 1), across + routes_told, way="all-to-all")
     # A pair travels once to its expert; on the ring all tokens of the slice travel to all.
     what, each = "tokens to experts and back", tokens * row * (n - 1)
-    if ring:
+    if request.ring:
         yield from _over(request, what, ("expert",), each * visits * _times(request, _RING))
     else:
         yield from _over(request, what, ("expert",), each * chosen / n * _times(request, _PAIRS), way="all-to-all")

@@ -21,8 +21,8 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
     """A function from a state to `held_out_loss` (nats a token) and `held_out_bits_per_byte`.
 
     With several sources these are over all windows read, and `held_out` has both of each source. With `ema_decay` the
-    running mean of the weights is evaluated too: `held_out_ema`. `held_out_overflow` is
-    the share of token-expert pairs that a bounded buffer left out, where it did.
+    running mean of the weights is evaluated too: `held_out_ema`. `held_out_overflow` is the share of token-expert pairs that
+    a bounded buffer left out, where it did.
 
     It reads at most `config.eval_sequences` windows a source, evenly spread over its held-out documents and the same
     each time. Bytes are those of the text that the counted tokens stand for; the end-of-document token stands for none.
@@ -48,10 +48,8 @@ def make_evaluation(config: RunConfig, mesh: Mesh, data: Any) -> Callable[[Train
         by_source = {}
         for name, (batches, text_bytes) in sources.items():
             results = [sums(params, router, place_batch(batch, mesh)) for batch in batches]
-            by_source[name] = (
-                *(sum(float(part) for part in parts) for parts in zip(*results, strict=True)),
-                text_bytes,
-            )
+            sums_of_batches = (sum(float(part) for part in parts) for parts in zip(*results, strict=True))
+            by_source[name] = (*sums_of_batches, text_bytes)
         if not by_source:
             return {}
         line: dict[str, Any] = {

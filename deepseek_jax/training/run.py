@@ -87,10 +87,10 @@ def draw_samples(
     from deepseek_jax.models.transformer import DeepSeek
 
     variables = {"params": state.params, **({"router": state.router} if state.router else {})}
-    if len(jax.devices()) > 1 and (reason := hosts.of_first(_no_room(variables))):
-        say(f"RunConfig.sample_prompts: {reason}; `deepseek-jax generate {run_dir}` draws them")
-        return []
     if len(jax.devices()) > 1:  # a few prompts cannot be split over a mesh
+        if reason := hosts.of_first(_no_room(variables)):
+            say(f"RunConfig.sample_prompts: {reason}; `deepseek-jax generate {run_dir}` draws them")
+            return []
         variables = hosts.on_first(variables)
     if variables is None:
         return []
